@@ -1,0 +1,1 @@
+"""Pluggable policies: what stays (`eviction`) and what comes next (`prefetch`)."""
