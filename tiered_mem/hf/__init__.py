@@ -1,0 +1,1 @@
+"""Adapters that put stock transformers models on the runtime."""

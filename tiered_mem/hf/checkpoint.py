@@ -1,0 +1,378 @@
+"""A transformers checkpoint as a source of experts: one expert at a time, read by its bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from tiered_mem.errors import CheckpointError, UnsupportedModelError
+from tiered_mem.hf.detect import require_experts
+from tiered_mem.hf.layout import ExpertLayout, num_experts, per_expert_tensors
+from tiered_mem.hf.loading import Loading, intercept_loading
+from tiered_mem.hf.recipe import Recipe, group_keys
+from tiered_mem.hf.tensor_file import TensorFile, TensorInfo
+
+
+class Checkpoint:
+    """The experts of a safetensors checkpoint, in the layout and dtype the model will run with.
+
+    `layouts[layer]` describes the blocks of each Experts module, `names[layer]` is its name in the
+    model; layers count Experts modules in forward order. Everything that can be checked without
+    reading tensors is checked on opening: files, sizes, names, shapes, dtypes.
+    """
+
+    def __init__(self, loading: Loading) -> None:
+        """Take over what transformers resolved for a load. Reads file headers only.
+
+        Raises:
+            UnsupportedModelError: no experts, or experts outside transformers' experts interface.
+            CheckpointError: not safetensors; a file missing or truncated; an expert tensor missing
+                or of a shape the model can't take.
+        """
+        self.model_type: str = loading.model.config.model_type
+        self.name = str(loading.config.pretrained_model_name_or_path)
+        self.dtype: torch.dtype = loading.config.dtype
+        experts = require_experts(loading.model)
+        _refuse_quantizing(loading, [module_name for module_name, _, _ in experts])
+        self._files = _open_files(loading)
+        self._where = {key: file for file in self._files for key in file.tensors}
+        infos: dict[str, TensorInfo] = {k: f.tensors[k] for k, f in self._where.items()}
+        _check_index(loading, infos)
+        self._config = loading.model.config
+        self._quantizer = loading.config.hf_quantizer
+        recipes = {t: r for r in group_keys(loading, infos).values() for t in r.targets}
+
+        self.names: list[str] = []
+        self.layouts: list[ExpertLayout] = []
+        self._layers: list[_Layer] = []
+        for name, module, _ in experts:
+            layer = _Layer(name, module, recipes)
+            self.names.append(name)
+            self._layers.append(layer)
+            self.layouts.append(layer.lay_out(infos, self._config, self._quantizer))
+        self.expert_keys = frozenset(
+            key for layer in self._layers for recipe in layer.recipes for key in recipe.keys
+        )
+        self.fingerprint = self._fingerprint()
+
+    @classmethod
+    def open(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype | None = None,
+        model_class: type[Any] | None = None,
+        **hf_kwargs: Any,
+    ) -> Checkpoint:
+        """Open a local directory or hub id as `model_class.from_pretrained` would, reading headers.
+
+        `dtype` and `hf_kwargs` mean what they mean there (None and "auto": the checkpoint's own).
+        `model_class` defaults to what `default_model_class` finds. A model that can't be wrapped is
+        refused before a file of weights is fetched.
+        """
+        path = os.fspath(path_or_id)
+        try:
+            model_class = model_class or default_model_class(path, **hf_kwargs)
+            if not os.path.isdir(path):
+                _refuse_by_config(path, model_class, hf_kwargs)
+            taken: list[Checkpoint] = []
+
+            def take(loading: Loading, resume: Any) -> Any:
+                taken.append(cls(loading))
+                raise _Taken
+
+            with intercept_loading(take):
+                model_class.from_pretrained(path, dtype=dtype, **hf_kwargs)
+        except _Taken:
+            return taken[0]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"can't open the checkpoint {path}: {error}") from error
+        raise CheckpointError(
+            f"transformers loaded {path} without reading safetensors files; save the model with "
+            "save_pretrained() and use that directory"
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Number of Experts modules."""
+        return len(self.layouts)
+
+    def num_experts(self, layer: int) -> int:
+        """Number of experts of a layer."""
+        return self.layouts[layer].num_experts
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of experts of all layers."""
+        return sum(layout.num_experts for layout in self.layouts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks of all layers."""
+        return sum(layout.num_experts * layout.nbytes for layout in self.layouts)
+
+    @property
+    def other_files(self) -> dict[str, str]:
+        """The path of the file of each tensor that isn't part of an expert, by file key."""
+        return {k: f.path for k, f in self._where.items() if k not in self.expert_keys}
+
+    def read_expert(self, layer: int, index: int, out: torch.Tensor) -> None:
+        """Read one expert into `out`, a uint8 tensor of at least `layouts[layer].nbytes` elements.
+
+        Reads only that expert's bytes, unless the layer has to be converted whole (`reads_whole`).
+        Safe from several threads. Raises `CheckpointError` if the file changed or became shorter.
+        """
+        with self.reader(layer) as reader:
+            reader.read(index, out)
+
+    @contextmanager
+    def reader(self, layer: int) -> Iterator[LayerReader]:
+        """Read several experts of a layer; a layer that must be converted whole is so only once.
+
+        Holds one expert at a time, or one layer where `reads_whole(layer)`.
+        """
+        reader = LayerReader(self, self._layers[layer], self.layouts[layer])
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+    def reads_whole(self, layer: int) -> bool:
+        """Whether an expert of this layer can only be made from the whole layer's tensors."""
+        return not all(recipe.by_expert for recipe in self._layers[layer].recipes)
+
+    def close(self) -> None:
+        """Close the files. Closing twice is fine."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _read(self, key: str, begin: int, end: int | None) -> torch.Tensor:
+        return self._where[key].read(key, begin, end)
+
+    def _fingerprint(self) -> str:
+        """Name what the blocks are made of: model type, recipes, file headers, samples of pages.
+
+        The dtype is no part of it: it is compared by itself, and told apart in the message. Nor is
+        the config: what of it touches the experts shows in the recipes and layouts.
+        """
+        digest = hashlib.sha256(self.model_type.encode())
+        for layer in self._layers:
+            for recipe in layer.recipes:
+                digest.update(recipe.describe().encode())
+        for file in self._files:
+            file.add_to_digest(digest)
+        return digest.hexdigest()
+
+
+class LayerReader:
+    """Reads experts of one layer. Made by `Checkpoint.reader`."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: _Layer, layout: ExpertLayout) -> None:
+        self._checkpoint, self._layer, self._layout = checkpoint, layer, layout
+        self._whole: dict[str, torch.Tensor] = {}
+
+    def read(self, index: int, out: torch.Tensor) -> None:
+        """Read expert `index` into `out`, uint8 [>= layout.nbytes]."""
+        if not 0 <= index < self._layout.num_experts:
+            raise IndexError(f"expert {index} of a layer of {self._layout.num_experts}")
+        views = self._layout.views(out)
+        self._layout.clear_padding(out)
+        for recipe in self._layer.recipes:
+            for target, tensor in self._make(recipe, index).items():
+                view = views.get(self._layer.field(target))
+                if view is not None:
+                    if tensor.shape != view.shape or tensor.dtype != view.dtype:
+                        raise CheckpointError(
+                            f"{target} of expert {index} became {tensor.dtype} "
+                            f"{list(tensor.shape)}, not {view.dtype} {list(view.shape)}"
+                        )
+                    view.copy_(tensor)
+
+    def close(self) -> None:
+        """Let go of a layer that was converted whole."""
+        self._whole.clear()
+
+    def _make(self, recipe: Recipe, index: int) -> dict[str, torch.Tensor]:
+        read, config = self._checkpoint._read, self._checkpoint._config
+        quantizer = self._checkpoint._quantizer
+        if recipe.by_expert:
+            made = recipe.make_one(index, read, self._layer.one, config, quantizer)
+            return {target: tensor[0] for target, tensor in made.items()}
+        if recipe.target not in self._whole:
+            self._whole |= recipe.make(read, self._layer.all, config, quantizer)
+        return {t: self._whole[t][index] for t in recipe.targets if self._layer.field(t)}
+
+
+class _Layer:
+    """The recipes of one Experts module, and meta models that declare its parameters."""
+
+    def __init__(self, name: str, module: nn.Module, recipes: dict[str, Recipe]) -> None:
+        self.name = name
+        self.num_experts = num_experts(module)
+        self._declared = {
+            f"{name}.{parameter}": tensor for parameter, tensor in per_expert_tensors(module).items()
+        }
+        for target in self._declared:
+            if target not in recipes:
+                raise CheckpointError(
+                    f"the checkpoint has no tensor for {target}; it is incomplete or was saved by "
+                    "another architecture"
+                )
+        self.recipes = list({id(r): r for r in (recipes[t] for t in self._declared)}.values())
+        self.all = _skeleton({t: x.to("meta") for t, x in self._declared.items()})
+        self.one = _skeleton({t: x[:1].to("meta") for t, x in self._declared.items()})
+
+    def field(self, target: str) -> str:
+        """The layout's name of a parameter, or "" if it belongs to another module."""
+        return target.removeprefix(self.name + ".") if target in self._declared else ""
+
+    def lay_out(self, infos: dict[str, TensorInfo], config: Any, quantizer: Any) -> ExpertLayout:
+        """Run the recipes on meta tensors: the layout, or `CheckpointError` for a wrong shape."""
+
+        def read(key: str, begin: int, end: int | None) -> torch.Tensor:
+            tensor = torch.empty(infos[key].shape, dtype=infos[key].dtype, device="meta")
+            return tensor if end is None else tensor[begin:end]
+
+        made: dict[str, torch.Tensor] = {}
+        for recipe in self.recipes:
+            recipe.check(self.num_experts, infos)
+            try:
+                if recipe.by_expert:
+                    made |= recipe.make_one(0, read, self.one, config, quantizer)
+                else:
+                    made |= recipe.make(read, self.all, config, quantizer)
+            except (RuntimeError, ValueError, IndexError, KeyError) as error:
+                shapes = {key: list(infos[key].shape) for key in recipe.keys[:4]}
+                raise CheckpointError(
+                    f"the tensors of {recipe.target} can't be converted ({error}); "
+                    f"the file has {shapes}"
+                ) from error
+        fields = {}
+        for target, declared in self._declared.items():
+            tensor = made.get(target)
+            shape = None if tensor is None else tuple(tensor.shape[1:])
+            if tensor is None or shape != tuple(declared.shape[1:]):
+                raise CheckpointError(
+                    f"one expert's {target} has shape {list(shape or ())} in the checkpoint, "
+                    f"{list(declared.shape[1:])} in the model; the config isn't this checkpoint's"
+                )
+            fields[self.field(target)] = (shape, tensor.dtype)
+        return ExpertLayout.build(self.num_experts, fields)
+
+
+class _Taken(Exception):  # noqa: N818 - not an error: it ends a load that was only looked at
+    pass
+
+
+def default_model_class(path_or_id: str, **hf_kwargs: Any) -> type[Any]:
+    """Return the class a checkpoint is loaded with: its own architecture if that can generate.
+
+    Otherwise, and for code that comes with the checkpoint, `AutoModelForCausalLM`.
+    """
+    config = _config(path_or_id, hf_kwargs)
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.can_generate():
+            return found
+    return AutoModelForCausalLM
+
+
+_CONFIG_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+
+def _config(path: str, hf_kwargs: dict[str, Any]) -> PreTrainedConfig:
+    given = hf_kwargs.get("config")
+    if isinstance(given, PreTrainedConfig):
+        return given
+    names = (*_CONFIG_KWARGS, "subfolder", "trust_remote_code")
+    return AutoConfig.from_pretrained(given or path, **{k: v for k, v in hf_kwargs.items() if k in names})
+
+
+def _refuse_by_config(path: str, model_class: type[Any], hf_kwargs: dict[str, Any]) -> None:
+    """Build the model on meta from its config alone, and refuse it if it can't be wrapped."""
+    build = getattr(model_class, "from_config", None) or model_class._from_config
+    with torch.device("meta"):
+        model = build(_config(path, hf_kwargs))
+    require_experts(model)
+
+
+def _refuse_quantizing(loading: Loading, names: list[str]) -> None:
+    """Refuse experts that would be quantised while loading: their bytes aren't in the files."""
+    quantizer = loading.config.hf_quantizer
+    if quantizer is None or quantizer.pre_quantized:
+        return
+    for name in names:
+        module = loading.model.get_submodule(name)
+        for parameter in per_expert_tensors(module):
+            if quantizer.param_needs_quantization(loading.model, f"{name}.{parameter}"):
+                raise UnsupportedModelError(
+                    f"{type(quantizer).__name__} would quantise the experts of "
+                    f"{loading.model.config.model_type!r} while loading; experts are packed as the "
+                    "checkpoint has them: load without quantization_config, or save the quantised "
+                    "model and use that checkpoint"
+                )
+
+
+def _open_files(loading: Loading) -> list[TensorFile]:
+    paths = loading.files
+    name = loading.config.pretrained_model_name_or_path
+    if loading.state_dict is not None or not paths:
+        raise CheckpointError(
+            f"{name}: experts are read from safetensors files, not from a state_dict; "
+            "for a model in memory use tiered_mem.offload(model)"
+        )
+    others = [path for path in paths if not path.endswith(".safetensors")]
+    if others:
+        raise CheckpointError(
+            f"{others[0]} isn't a safetensors file, so single experts can't be read from it; convert "
+            "the checkpoint once: from_pretrained(...).save_pretrained(new_directory)"
+        )
+    files: list[TensorFile] = []
+    try:
+        for path in paths:
+            files.append(TensorFile(path))
+    except CheckpointError:
+        for file in files:
+            file.close()
+        raise
+    return files
+
+
+def _check_index(loading: Loading, infos: dict[str, TensorInfo]) -> None:
+    """Raise `CheckpointError` if the index names tensors that its files don't hold."""
+    metadata = loading.config.sharded_metadata or {}
+    missing = [key for key in metadata.get("weight_map", {}) if key not in infos]
+    if missing:
+        raise CheckpointError(
+            f"the index of {loading.config.pretrained_model_name_or_path} names "
+            f"{len(missing)} tensors its files don't hold ({missing[0]}, ...); "
+            "the checkpoint is incomplete, fetch it again"
+        )
+
+
+def _skeleton(parameters: dict[str, torch.Tensor]) -> nn.Module:
+    """A module tree that has only these parameters, by their dotted names."""
+    root = nn.Module()
+    for name, tensor in parameters.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module._modules[part]  # type: ignore[assignment]
+        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    return root

@@ -1,0 +1,85 @@
+"""Which modules of a transformers model are experts behind its experts interface."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+
+from tiered_mem.errors import UnsupportedModelError
+from tiered_mem.hf.layout import per_expert_tensors
+
+# Words that only stand in the class names of mixture-of-experts parts.
+_MOE_CLASS = re.compile(r"Experts?(?![a-z])|MoE|Moe(?![a-z])|SparseMLP")
+
+
+class ExpertsModule(NamedTuple):
+    """An Experts module, its name in the model, and its number among them in forward order."""
+
+    name: str
+    module: nn.Module
+    layer: int
+
+
+def experts_interface(module: nn.Module) -> ExpertsInterface | None:
+    """Return the interface through which the module's forward dispatches, or None.
+
+    Accepting an `experts_implementation` proves nothing (llama4 does and never calls it): what
+    counts is that `use_experts_implementation` wrapped this class's forward.
+    """
+    forward = type(module).forward
+    code = getattr(forward, "__code__", None)
+    if code is None or "experts_interface" not in code.co_freevars:
+        return None
+    cell = forward.__closure__[code.co_freevars.index("experts_interface")]  # type: ignore[index]
+    return cell.cell_contents if isinstance(cell.cell_contents, ExpertsInterface) else None
+
+
+def find_experts(model: nn.Module) -> list[ExpertsModule]:
+    """Return the model's Experts modules in forward order, with or without parameters.
+
+    Empty if the model has none.
+    """
+    found = [(n, m) for n, m in model.named_modules() if experts_interface(m) is not None]
+    return [ExpertsModule(name, module, layer) for layer, (name, module) in enumerate(found)]
+
+
+def require_experts(model: PreTrainedModel) -> list[ExpertsModule]:
+    """Return `find_experts(model)`, for a model that still has its expert parameters (maybe meta).
+
+    Raises:
+        UnsupportedModelError: the model has no experts, keeps them outside the experts interface,
+            or runs them by kernels of its own (quantised experts).
+    """
+    kind = f"model type {model.config.model_type!r} ({type(model).__name__})"
+    experts = find_experts(model)
+    if not experts:
+        parts = sorted({type(m).__name__ for m in model.modules() if _is_moe_part(m)})
+        if parts:
+            raise UnsupportedModelError(
+                f"{kind} keeps its experts ({', '.join(parts)}) outside transformers' experts "
+                "interface, so its experts can't be moved one by one; load it with plain "
+                "from_pretrained, or with accelerate's device_map to offload whole layers"
+            )
+        raise UnsupportedModelError(
+            f"{kind} is not a mixture of experts: there are no experts to offload; load it with "
+            "plain from_pretrained, or with accelerate's device_map to offload whole layers"
+        )
+    for name, module, _ in experts:
+        if experts_interface(module) is not ALL_EXPERTS_FUNCTIONS:
+            raise UnsupportedModelError(
+                f"{kind} runs quantised experts ({type(module).__name__} at {name}) by kernels of "
+                "its own; dequantise it on load: pass quantization_config with dequantize=True"
+            )
+        if not per_expert_tensors(module):
+            raise UnsupportedModelError(f"{kind} has no parameter per expert in {name}")
+    return experts
+
+
+def _is_moe_part(module: nn.Module) -> bool:
+    return _MOE_CLASS.search(type(module).__name__) is not None and not isinstance(
+        module, PreTrainedModel
+    )

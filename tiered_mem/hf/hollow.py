@@ -1,0 +1,77 @@
+"""Models whose Experts modules have no parameters: the runtime supplies them, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from tiered_mem.hf.checkpoint import Checkpoint
+from tiered_mem.hf.detect import ExpertsModule, find_experts, require_experts
+from tiered_mem.hf.layout import ExpertLayout, per_expert_tensors
+from tiered_mem.hf.loading import Loading, intercept_loading
+
+__all__ = ["ExpertsModule", "find_experts", "hollow_experts", "hollow_model"]
+
+
+@contextmanager
+def hollow_experts() -> Iterator[list[Checkpoint]]:
+    """Load models without their experts: every `from_pretrained` of this thread inside the block.
+
+    Such a model has all its other weights; its Experts modules have no parameter and carry their
+    `ExpertLayout` as `tiered_layout`. Expert tensors are neither allocated nor read. Yields the list
+    of the checkpoints loaded so far, one for each model, to read experts from.
+
+    Blocks may be nested and models loaded in several threads (they take turns, because transformers
+    itself sets process-wide state while it builds a model); loads outside a block stay as they are.
+
+    Raises, from `from_pretrained`, before any tensor is read:
+        UnsupportedModelError: no experts, or experts outside transformers' experts interface.
+        CheckpointError: a checkpoint that isn't safetensors, is incomplete, or doesn't fit.
+    """
+    checkpoints: list[Checkpoint] = []
+
+    def load(loading: Loading, resume: Callable[[dict[str, Any] | None], Any]) -> Any:
+        if any(hasattr(module, "tiered_layout") for module in loading.model.modules()):
+            return resume(loading.state_dict)  # more weights (an adapter) for a hollow model
+        checkpoint = Checkpoint(loading)
+        for _, module, layer in find_experts(loading.model):
+            _hollow(module, checkpoint.layouts[layer])
+        result = resume(_lazy_slices(checkpoint.other_files))
+        checkpoints.append(checkpoint)
+        return result
+
+    with intercept_loading(load):
+        yield checkpoints
+
+
+def hollow_model(model: PreTrainedModel) -> Iterator[tuple[ExpertsModule, ExpertLayout]]:
+    """Yield each Experts module of a model in memory with its layout; at the end, hollow them all.
+
+    While it is yielded a module still has its parameters (`layout.copy_expert` copies them). They
+    are dropped only once the caller has gone through all modules, so a caller that fails on the way
+    leaves the model whole. Raises `UnsupportedModelError` before the first.
+    """
+    found = [(e, ExpertLayout.of_module(e.module)) for e in require_experts(model)]
+    yield from found
+    for experts, layout in found:
+        _hollow(experts.module, layout)
+
+
+def _hollow(module: nn.Module, layout: ExpertLayout) -> None:
+    for name in per_expert_tensors(module):
+        module._parameters.pop(name, None)
+        module._buffers.pop(name, None)
+    module.tiered_layout = layout  # type: ignore[assignment]
+    # transformers initialises parameters that no file had: here there are none to initialise.
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _lazy_slices(files: dict[str, str]) -> dict[str, Any]:
+    """Return a safetensors slice for each key: transformers reads it when it places the tensor."""
+    opened = {path: safe_open(path, framework="pt") for path in set(files.values())}
+    return {key: opened[path].get_slice(key) for key, path in files.items()}
