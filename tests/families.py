@@ -162,7 +162,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         **{f"swa_{key}": 8 for key in ("qk_nope_head_dim", "v_head_dim")},
     },
     "ernie4_5_vl_moe": {
-        "moe_intermediate_size": [16, 12],
+        "moe_intermediate_size": [16, 8],
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
