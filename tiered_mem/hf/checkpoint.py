@@ -25,8 +25,9 @@ class Checkpoint:
     """The experts of a safetensors checkpoint, in the layout and dtype the model will run with.
 
     `layouts[layer]` describes the blocks of each Experts module, `names[layer]` is its name in the
-    model; layers count Experts modules in forward order. Everything that can be checked without
-    reading tensors is checked on opening: files, sizes, names, shapes, dtypes.
+    model; layers count Experts modules in forward order, those with tied weights once (`layer_of`
+    maps every module's name to its layer). Everything that can be checked without reading tensors
+    is checked on opening: files, sizes, names, shapes, dtypes.
     """
 
     def __init__(self, loading: Loading) -> None:
@@ -50,14 +51,16 @@ class Checkpoint:
         self._quantizer = loading.config.hf_quantizer
         recipes = {t: r for r in group_keys(loading, infos).values() for t in r.targets}
 
-        self.names: list[str] = []
-        self.layouts: list[ExpertLayout] = []
         self._layers: list[_Layer] = []
+        self.names: list[str] = []
+        self.layer_of: dict[str, int] = {}
         for name, module, _ in experts:
-            layer = _Layer(name, module, recipes)
-            self.names.append(name)
-            self._layers.append(layer)
-            self.layouts.append(layer.lay_out(infos, self._config, self._quantizer))
+            root = _weights_of(name, module, loading.model, recipes)
+            if root not in self.names:
+                self.names.append(root)
+                self._layers.append(_Layer(root, loading.model.get_submodule(root), recipes))
+            self.layer_of[name] = self.names.index(root)
+        self.layouts = [x.lay_out(infos, self._config, self._quantizer) for x in self._layers]
         self.expert_keys = frozenset(
             key for layer in self._layers for recipe in layer.recipes for key in recipe.keys
         )
@@ -272,6 +275,20 @@ class _Layer:
                 )
             fields[self.field(target)] = (shape, tensor.dtype)
         return ExpertLayout.build(self.num_experts, fields)
+
+
+def _weights_of(
+    name: str, module: nn.Module, model: PreTrainedModel, recipes: dict[str, Recipe]
+) -> str:
+    """The name of the module whose tensors the file has for this one: itself, or one tied to it."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    parameter = f"{name}.{next(iter(per_expert_tensors(module)))}"
+    if parameter not in recipes:
+        tied = [ties.get(parameter), *(k for k, source in ties.items() if source == parameter)]
+        for other in tied:
+            if other in recipes:
+                return other.rpartition(".")[0]
+    return name
 
 
 class _Taken(Exception):  # noqa: N818 - not an error: it ends a load that was only looked at

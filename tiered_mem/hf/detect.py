@@ -17,7 +17,10 @@ _MOE_CLASS = re.compile(r"Experts?(?![a-z])|MoE|Moe(?![a-z])|SparseMLP")
 
 
 class ExpertsModule(NamedTuple):
-    """An Experts module, its name in the model, and its number among them in forward order."""
+    """An Experts module, its name in the model, and its number among them in forward order.
+
+    Modules that share their weights (an encoder's tied to a decoder's) share their number.
+    """
 
     name: str
     module: nn.Module
@@ -43,8 +46,16 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
 
     Empty if the model has none.
     """
-    found = [(n, m) for n, m in model.named_modules() if experts_interface(m) is not None]
-    return [ExpertsModule(name, module, layer) for layer, (name, module) in enumerate(found)]
+    experts = []
+    layers: dict[tuple[int, ...], int] = {}
+    for name, module in model.named_modules():
+        if experts_interface(module) is not None:
+            layer = getattr(module, "tiered_layer", None)
+            if layer is None:
+                tensors = per_expert_tensors(module).values()
+                layer = layers.setdefault(tuple(id(t) for t in tensors) or (id(module),), len(layers))
+            experts.append(ExpertsModule(name, module, layer))
+    return experts
 
 
 def require_experts(model: PreTrainedModel) -> list[ExpertsModule]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,8 +23,8 @@ __all__ = ["ExpertsModule", "find_experts", "hollow_experts", "hollow_model"]
 def hollow_experts() -> Iterator[list[Checkpoint]]:
     """Load models without their experts: every `from_pretrained` of this thread inside the block.
 
-    Such a model has all its other weights; its Experts modules have no parameter and carry their
-    `ExpertLayout` as `tiered_layout`. Expert tensors are neither allocated nor read. Yields the list
+    Such a model has all its other weights. Its Experts modules have no parameter, but a stand-in on
+    meta for each, their `ExpertLayout` as `tiered_layout` and their number as `tiered_layer`. Expert tensors are neither allocated nor read. Yields the list
     of the checkpoints loaded so far, one for each model, to read experts from.
 
     Blocks may be nested and models loaded in several threads (they take turns, because transformers
@@ -39,8 +40,9 @@ def hollow_experts() -> Iterator[list[Checkpoint]]:
         if any(hasattr(module, "tiered_layout") for module in loading.model.modules()):
             return resume(loading.state_dict)  # more weights (an adapter) for a hollow model
         checkpoint = Checkpoint(loading)
-        for _, module, layer in find_experts(loading.model):
-            _hollow(module, checkpoint.layouts[layer])
+        for name, layer in checkpoint.layer_of.items():
+            _hollow(loading.model.get_submodule(name), layer, checkpoint.layouts[layer])
+            _untie(loading.model, name)
         result = resume(_lazy_slices(checkpoint.other_files))
         checkpoints.append(checkpoint)
         return result
@@ -59,16 +61,28 @@ def hollow_model(model: PreTrainedModel) -> Iterator[tuple[ExpertsModule, Expert
     found = [(e, ExpertLayout.of_module(e.module)) for e in require_experts(model)]
     yield from found
     for experts, layout in found:
-        _hollow(experts.module, layout)
+        _hollow(experts.module, experts.layer, layout)
 
 
-def _hollow(module: nn.Module, layout: ExpertLayout) -> None:
-    for name in per_expert_tensors(module):
+def _hollow(module: nn.Module, layer: int, layout: ExpertLayout) -> None:
+    for name, tensor in per_expert_tensors(module).items():
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
+        # Some models initialise their experts from outside. They find a plain attribute (no
+        # parameter, no bytes) that says it is done.
+        stand_in = torch.empty_like(tensor, device="meta")
+        stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+        setattr(module, name, stand_in)
     module.tiered_layout = layout  # type: ignore[assignment]
-    # transformers initialises parameters that no file had: here there are none to initialise.
+    module.tiered_layer = layer  # type: ignore[assignment]
     module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _untie(model: PreTrainedModel, name: str) -> None:
+    """Take a hollow module's parameters off the list of weights to tie."""
+    ties = model.all_tied_weights_keys
+    for parameter in [key for key in ties if key.rpartition(".")[0] == name]:
+        del ties[parameter]
 
 
 def _lazy_slices(files: dict[str, str]) -> dict[str, Any]:
