@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tiered_mem.errors import CheckpointError, UnsupportedModelError
 from tiered_mem.hf.detect import require_experts
 from tiered_mem.hf.layout import ExpertLayout, num_experts, per_expert_tensors
-from tiered_mem.hf.loading import Loading, intercept_loading
+from tiered_mem.hf.loading import Loading, default_model_class, intercept_loading, load_config
 from tiered_mem.hf.recipe import Recipe, group_keys
 from tiered_mem.hf.tensor_file import TensorFile, TensorInfo
 
@@ -226,9 +225,7 @@ class _Layer:
     def __init__(self, name: str, module: nn.Module, recipes: dict[str, Recipe]) -> None:
         self.name = name
         self.num_experts = num_experts(module)
-        self._declared = {
-            f"{name}.{parameter}": tensor for parameter, tensor in per_expert_tensors(module).items()
-        }
+        self._declared = {f"{name}.{p}": t for p, t in per_expert_tensors(module).items()}
         for target in self._declared:
             if target not in recipes:
                 raise CheckpointError(
@@ -291,39 +288,15 @@ def _weights_of(
     return name
 
 
-class _Taken(Exception):  # noqa: N818 - not an error: it ends a load that was only looked at
-    pass
-
-
-def default_model_class(path_or_id: str, **hf_kwargs: Any) -> type[Any]:
-    """Return the class a checkpoint is loaded with: its own architecture if that can generate.
-
-    Otherwise, and for code that comes with the checkpoint, `AutoModelForCausalLM`.
-    """
-    config = _config(path_or_id, hf_kwargs)
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.can_generate():
-            return found
-    return AutoModelForCausalLM
-
-
-_CONFIG_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-
-
-def _config(path: str, hf_kwargs: dict[str, Any]) -> PreTrainedConfig:
-    given = hf_kwargs.get("config")
-    if isinstance(given, PreTrainedConfig):
-        return given
-    names = (*_CONFIG_KWARGS, "subfolder", "trust_remote_code")
-    return AutoConfig.from_pretrained(given or path, **{k: v for k, v in hf_kwargs.items() if k in names})
+class _Taken(Exception):
+    """No error: ends a load that was only looked at."""
 
 
 def _refuse_by_config(path: str, model_class: type[Any], hf_kwargs: dict[str, Any]) -> None:
     """Build the model on meta from its config alone, and refuse it if it can't be wrapped."""
     build = getattr(model_class, "from_config", None) or model_class._from_config
     with torch.device("meta"):
-        model = build(_config(path, hf_kwargs))
+        model = build(load_config(path, **hf_kwargs))
     require_experts(model)
 
 
@@ -355,8 +328,8 @@ def _open_files(loading: Loading) -> list[TensorFile]:
     others = [path for path in paths if not path.endswith(".safetensors")]
     if others:
         raise CheckpointError(
-            f"{others[0]} isn't a safetensors file, so single experts can't be read from it; convert "
-            "the checkpoint once: from_pretrained(...).save_pretrained(new_directory)"
+            f"{others[0]} isn't a safetensors file, so single experts can't be read from it; "
+            "convert the checkpoint once: from_pretrained(...).save_pretrained(new_directory)"
         )
     files: list[TensorFile] = []
     try:

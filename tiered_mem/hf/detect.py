@@ -12,8 +12,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from tiered_mem.errors import UnsupportedModelError
 from tiered_mem.hf.layout import per_expert_tensors
 
-# Words that only stand in the class names of mixture-of-experts parts.
-_MOE_CLASS = re.compile(r"Experts?(?![a-z])|MoE|Moe(?![a-z])|SparseMLP")
+# What the class names of mixture-of-experts parts end in.
+_MOE_CLASS = re.compile(r"(Experts?|M[Oo][Ee]|M[Oo][Ee](Block|Layer|MLP)|SparseMLP)$")
 
 
 class ExpertsModule(NamedTuple):
@@ -52,8 +52,8 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
         if experts_interface(module) is not None:
             layer = getattr(module, "tiered_layer", None)
             if layer is None:
-                tensors = per_expert_tensors(module).values()
-                layer = layers.setdefault(tuple(id(t) for t in tensors) or (id(module),), len(layers))
+                weights = tuple(id(t) for t in per_expert_tensors(module).values())
+                layer = layers.setdefault(weights or (id(module),), len(layers))
             experts.append(ExpertsModule(name, module, layer))
     return experts
 

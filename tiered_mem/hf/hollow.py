@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from tiered_mem.errors import ConfigError
 from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.hf.detect import ExpertsModule, find_experts, require_experts
 from tiered_mem.hf.layout import ExpertLayout, per_expert_tensors
@@ -24,14 +25,16 @@ def hollow_experts() -> Iterator[list[Checkpoint]]:
     """Load models without their experts: every `from_pretrained` of this thread inside the block.
 
     Such a model has all its other weights. Its Experts modules have no parameter, but a stand-in on
-    meta for each, their `ExpertLayout` as `tiered_layout` and their number as `tiered_layer`. Expert tensors are neither allocated nor read. Yields the list
-    of the checkpoints loaded so far, one for each model, to read experts from.
+    meta for each, their `ExpertLayout` as `tiered_layout` and their number as `tiered_layer`.
+    Expert tensors are neither allocated nor read. Yields the list of the checkpoints loaded so far,
+    one for each model, to read experts from.
 
     Blocks may be nested and models loaded in several threads (they take turns, because transformers
     itself sets process-wide state while it builds a model); loads outside a block stay as they are.
 
     Raises, from `from_pretrained`, before any tensor is read:
         UnsupportedModelError: no experts, or experts outside transformers' experts interface.
+        ConfigError: a device_map that leaves weights on disk.
         CheckpointError: a checkpoint that isn't safetensors, is incomplete, or doesn't fit.
     """
     checkpoints: list[Checkpoint] = []
@@ -39,6 +42,11 @@ def hollow_experts() -> Iterator[list[Checkpoint]]:
     def load(loading: Loading, resume: Callable[[dict[str, Any] | None], Any]) -> Any:
         if any(hasattr(module, "tiered_layout") for module in loading.model.modules()):
             return resume(loading.state_dict)  # more weights (an adapter) for a hollow model
+        if "disk" in (loading.config.device_map or {}).values():
+            raise ConfigError(
+                "device_map leaves weights on disk; beside hollow experts the other weights have to "
+                "be in memory: give a device_map without 'disk', or none"
+            )
         checkpoint = Checkpoint(loading)
         for name, layer in checkpoint.layer_of.items():
             _hollow(loading.model.get_submodule(name), layer, checkpoint.layouts[layer])
@@ -88,4 +96,4 @@ def _untie(model: PreTrainedModel, name: str) -> None:
 def _lazy_slices(files: dict[str, str]) -> dict[str, Any]:
     """Return a safetensors slice for each key: transformers reads it when it places the tensor."""
     opened = {path: safe_open(path, framework="pt") for path in set(files.values())}
-    return {key: opened[path].get_slice(key) for key, path in files.items()}
+    return {key: opened[path].get_slice(key) for key, path in files.items()}  # type: ignore[no-untyped-call]

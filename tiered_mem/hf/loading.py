@@ -2,8 +2,8 @@
 
 `from_pretrained` resolves the files, settles config, dtype and quantisation, builds the model on
 the meta device and its conversion mapping, and hands all of it to
-`PreTrainedModel._load_pretrained_model`, which reads the tensors. `intercept_loading` puts a handler
-there: whatever transformers decides about a checkpoint holds here too, by construction.
+`PreTrainedModel._load_pretrained_model`, which reads the tensors. `intercept_loading` puts a
+handler there: whatever transformers decides about a checkpoint holds here too, by construction.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,36 @@ def intercept_loading(handler: Handler) -> Iterator[None]:
         finally:
             PreTrainedModel._load_pretrained_model = original
             _handler.reset(token)
+
+
+def default_model_class(path_or_id: str, **hf_kwargs: Any) -> Any:
+    """Return the class a checkpoint is loaded with: its own architecture if that can generate.
+
+    Otherwise, and for code that comes with the checkpoint, `AutoModelForCausalLM`.
+    """
+    config = load_config(path_or_id, **hf_kwargs)
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        can_generate = getattr(found, "can_generate", None)
+        if can_generate is not None and can_generate():
+            return found
+    return AutoModelForCausalLM
+
+
+def load_config(path_or_id: str, **hf_kwargs: Any) -> PreTrainedConfig:
+    """Return the config that `from_pretrained` with these options would start from."""
+    given = hf_kwargs.get("config")
+    if isinstance(given, PreTrainedConfig):
+        return given
+    kwargs = {k: v for k, v in hf_kwargs.items() if k in _CONFIG_KWARGS}
+    return AutoConfig.from_pretrained(given or path_or_id, **kwargs)
+
+
+# Of from_pretrained's options, those that say where the config is.
+_CONFIG_KWARGS = {
+    *("cache_dir", "force_download", "local_files_only", "proxies"),
+    *("revision", "subfolder", "token", "trust_remote_code"),
+}
 
 
 class _Seam(staticmethod):  # type: ignore[type-arg]

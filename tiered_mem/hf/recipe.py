@@ -36,8 +36,8 @@ class Recipe:
     """The file keys behind one parameter (or the several that one conversion yields).
 
     `sources` maps each source pattern of `converter` to its keys; the position in that list is the
-    expert's number where the file holds one tensor per expert. Without a converter there is one key,
-    and its tensor is the parameter.
+    expert's number where the file holds one tensor per expert. Without a converter there is one
+    key, and its tensor is the parameter.
     """
 
     target: str
@@ -97,7 +97,10 @@ class Recipe:
         `read(key, begin, end)` returns a file tensor or its rows; `model` has the parameters'
         names, shapes and dtypes (on meta), which some operations ask for.
         """
-        tensors = {p: [self._cast(k, read(k, 0, None)) for k in ks] for p, ks in self.sources.items()}
+        tensors = {
+            pattern: [self._cast(key, read(key, 0, None)) for key in keys]
+            for pattern, keys in self.sources.items()
+        }
         return self._convert(tensors, model, config, quantizer)
 
     def make_one(
@@ -202,4 +205,3 @@ def _cast_dtype(
     # transformers before 5.20 keeps whatever is renamed or isn't a float as it lies in the file.
     kept = key != recipe.target or not info.format_dtype.startswith(("F", "BF"))
     return None if kept else dtype
-

@@ -99,9 +99,10 @@ class TensorFile:
         start, nbytes = info.begin, info.end - info.begin
         if end is not None:
             row = nbytes // shape[0]
-            start, nbytes, shape = start + begin * row, (end - begin) * row, (end - begin, *shape[1:])
+            start, nbytes = start + begin * row, (end - begin) * row
+            shape = (end - begin, *shape[1:])
         data = torch.empty(nbytes, dtype=torch.uint8)
-        self._read_into(memoryview(data.numpy()), start)
+        self._read_into(data.numpy().data, start)
         return data.view(info.dtype).view(shape)
 
     def add_to_digest(self, digest: hashlib._Hash) -> None:
@@ -151,7 +152,7 @@ class TensorFile:
         except (KeyError, TypeError, ValueError) as error:
             raise self._broken(f"its header entry of {name} is malformed") from error
         if dtype not in _DTYPES:
-            raise CheckpointError(f"{self.path}: tensor {name} has dtype {dtype}, which torch lacks")
+            raise CheckpointError(f"{self.path}: torch has no dtype {dtype}, that of tensor {name}")
         nbytes = math.prod(shape) * _DTYPES[dtype].itemsize
         info = TensorInfo(dtype, shape, self._data + begin, self._data + end)
         if begin < 0 or end - begin != nbytes:
