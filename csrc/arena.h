@@ -1,0 +1,70 @@
+// One arena per tier: a budget of bytes, cut into slabs, slabs cut into slots of one size class.
+//
+// The arena only keeps accounts: a slot is an offset from the arena's base, so the same code
+// serves device memory, host memory, and a simulation that has no memory at all.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <vector>
+
+namespace tiered_mem {
+
+/// Slots are whole pages, so that an O_DIRECT read lands in place.
+constexpr std::uint64_t kPage = 4096;
+
+inline std::uint64_t round_to_pages(std::uint64_t nbytes) {
+  return (nbytes + kPage - 1) / kPage * kPage;
+}
+
+/// Byte offset of a slot from its arena's base.
+using Slot = std::uint64_t;
+
+class Arena {
+ public:
+  struct Slab {
+    std::uint64_t offset;
+    std::uint64_t slot_nbytes;
+    std::uint32_t num_slots;
+    std::uint32_t num_used;
+    std::uint64_t nbytes() const { return slot_nbytes * num_slots; }
+  };
+
+  /// `reserved` bounds what `set_budget` may ever ask for.
+  Arena(std::uint64_t budget, std::uint64_t reserved);
+
+  /// A free slot of this size class (`slot_nbytes` is a multiple of kPage), cutting a new slab
+  /// if need be; nothing if the budget is used up.
+  std::optional<Slot> take(std::uint64_t slot_nbytes);
+  void give(Slot slot);
+
+  /// Slots of this class that `take` would give before it says no.
+  std::uint64_t num_available(std::uint64_t slot_nbytes) const;
+  /// The most slots of this class that an otherwise empty arena holds.
+  std::uint64_t max_slots(std::uint64_t slot_nbytes) const { return budget_ / slot_nbytes; }
+
+  /// Gives the space of a slab without used slots back, for any size class.
+  void release_slab(std::uint64_t slab_offset);
+
+  const Slab& slab_of(Slot slot) const;
+  const std::map<std::uint64_t, Slab>& slabs() const { return slabs_; }
+
+  std::uint64_t budget() const { return budget_; }
+  std::uint64_t reserved() const { return reserved_; }
+  /// Bytes cut into slabs. Above the budget only between a shrink and the release of slabs.
+  std::uint64_t nbytes_cut() const { return nbytes_cut_; }
+  void set_budget(std::uint64_t budget);
+
+ private:
+  std::optional<std::uint64_t> carve(std::uint64_t slot_nbytes, std::uint64_t num_slots);
+
+  std::uint64_t budget_;
+  std::uint64_t reserved_;
+  std::uint64_t nbytes_cut_ = 0;
+  std::map<std::uint64_t, Slab> slabs_;                    // by offset
+  std::map<std::uint64_t, std::uint64_t> holes_;           // offset -> nbytes, never adjacent
+  std::map<std::uint64_t, std::vector<Slot>> free_slots_;  // by slot_nbytes
+};
+
+}  // namespace tiered_mem

@@ -1,0 +1,125 @@
+// What is in one tier: key -> slot, state and pins. Asks the eviction policy for victims.
+//
+// Residency moves no bytes and takes no locks. The runtime drives it with memory behind the
+// slots; the simulator drives the same object with none. Invariants:
+//   - a block is evicted only when it is ready and nobody pins it;
+//   - a block in flight has a slot but isn't a hit;
+//   - `admit` makes room for all the blocks it is asked for, or changes nothing.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "arena.h"
+#include "flat_map.h"
+#include "policy.h"
+
+namespace tiered_mem {
+
+enum class State : std::uint8_t { loading, ready, failed };
+
+struct Block {
+  Key key = 0;
+  Slot slot = 0;
+  std::uint64_t slot_nbytes = 0;
+  std::uint32_t pins = 0;
+  State state = State::loading;
+  bool guessed = false;     // came by a hint and no event has used it yet
+  bool protected_ = false;  // hinted for an event to come: only demand may evict it
+};
+
+/// A block to make room for.
+struct Wanted {
+  Key key;
+  std::uint64_t nbytes;
+};
+
+/// A block that had to go. Its bytes lie at `slot` until the slot's next owner is filled.
+struct Victim {
+  Key key;
+  Slot slot;
+  std::uint64_t nbytes;
+  bool unused_guess;
+  bool slot_reused;  // false where the whole slab went: its bytes can't be waited for
+};
+
+enum class Admission { ok, busy, too_large };
+
+class Residency {
+ public:
+  Residency(Arena arena, std::unique_ptr<EvictionPolicy> policy);
+
+  /// The block, or nullptr. Valid until the next call that isn't const.
+  Block* find(Key key);
+
+  /// Gives every wanted block a slot in state `loading` and appends the victims, all or nothing.
+  /// `busy`: pins or transfers of others are in the way; `too_large`: it can never fit.
+  /// A guess evicts no protected block.
+  Admission admit(const std::vector<Wanted>& wanted, Entry entry, std::vector<Victim>& victims);
+
+  /// An event uses a block: the policy learns of it, and it is no guess any more.
+  void use(Block& block);
+  /// It can't be evicted until `unpin`.
+  void pin(Block& block);
+  /// Drops a failed block with its last pin.
+  void unpin(Block& block);
+  void mark_ready(Block& block);
+  void mark_failed(Block& block);
+  /// A hint for an event to come spares the block from other guesses.
+  void protect(Block& block, bool on);
+
+  /// Tells the policy that the block is the first that may go.
+  void demote_rank(Block& block);
+  /// Removes an unpinned block (a cancelled guess, a model that was closed).
+  void drop(Block& block);
+
+  /// Somebody still reads the bytes of a slot whose block has left: its slab stays.
+  void hold(Slot slot) { held_.insert(slot); }
+  void unhold(Slot slot) { held_.erase(slot); }
+
+  /// Brings the arena to `budget`, dropping blocks if need be. False while pins hold slabs back:
+  /// call again when they are gone. Appends the slabs whose memory isn't needed any more.
+  bool resize(std::uint64_t budget, std::vector<Arena::Slab>& released);
+
+  const Arena& arena() const { return arena_; }
+  std::size_t num_blocks() const { return blocks_.size(); }
+  std::uint64_t num_evictions() const { return num_evictions_; }
+  std::uint64_t nbytes_guessed() const { return nbytes_guessed_; }
+  std::uint64_t nbytes_used() const { return nbytes_used_; }
+
+  template <class Visit>
+  void each(Visit&& visit) {
+    blocks_.each([&](Key, const std::unique_ptr<Block>& block) { visit(*block); });
+  }
+
+ private:
+  bool evictable(const Block& block) const {
+    return block.state == State::ready && block.pins == 0;
+  }
+  std::uint64_t num_evictable(std::uint64_t slot_nbytes, bool spare_protected) const;
+  bool make_slab_room(std::uint64_t slot_nbytes, std::uint64_t num_slots,
+                      std::vector<Victim>& victims);
+  bool slab_is_idle(const Arena::Slab& slab) const;
+  void empty_slab(const Arena::Slab& slab, std::vector<Victim>& victims);
+  void evict_one(std::uint64_t slot_nbytes, bool spare_protected, std::vector<Victim>& victims);
+  Victim remove(Block& block, bool slot_reused);
+  void forget(Block& block);
+  void count_idle(const Block& block, int change);
+
+  Arena arena_;
+  std::unique_ptr<EvictionPolicy> policy_;
+  FlatMap<std::unique_ptr<Block>> blocks_;
+  struct IdleCount {
+    std::uint64_t all = 0, protected_ = 0;
+  };
+  std::unordered_map<std::uint64_t, IdleCount> idle_;  // evictable blocks by slot_nbytes
+  std::unordered_set<Slot> held_;
+  std::uint64_t num_evictions_ = 0;
+  std::uint64_t nbytes_guessed_ = 0;
+  std::uint64_t nbytes_used_ = 0;
+};
+
+}  // namespace tiered_mem

@@ -1,0 +1,183 @@
+// The runtime: HBM and DRAM residency, their memory, the transfers between them and the store.
+//
+// One lock guards residency, tickets and hints; it is never held while bytes move. Engine and
+// lock are always taken in the order lock -> engine, so nothing here is called by the engine
+// while the engine holds its own lock.
+//
+// DRAM holds what HBM lets go (a victim is copied back over the idle direction) and keeps what
+// HBM takes from it as the first to leave, so the two together hold nearly the sum of both
+// budgets, and no block is copied back that still lies in DRAM.
+#pragma once
+
+#include <array>
+#include <condition_variable>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "device.h"
+#include "direct_io.h"
+#include "hints.h"
+#include "residency.h"
+#include "transfer.h"
+
+namespace tiered_mem {
+
+struct TiersConfig {
+  std::uint64_t hbm_nbytes = 0;
+  std::uint64_t dram_nbytes = 0;   // 0: no DRAM tier
+  std::uint64_t hbm_reserved = 0;  // what resize may grow to
+  std::uint64_t dram_reserved = 0;
+  std::string eviction = "lru";
+  std::size_t num_io_threads = 4;
+};
+
+/// Counts since the start. Hits and misses count keys of events, a key in flight is no hit.
+struct TiersStats {
+  std::uint64_t num_events = 0;
+  std::uint64_t num_hbm_hits = 0;
+  std::uint64_t num_in_flight = 0;  // on their way by a hint or another event
+  std::uint64_t num_dram_hits = 0;
+  std::uint64_t num_nvme_reads = 0;
+  std::uint64_t num_evictions = 0;
+  std::uint64_t nbytes_missed = 0;  // demanded, not in HBM or DRAM, hence read from NVMe
+  std::uint64_t num_hints = 0;
+  std::uint64_t num_prefetched = 0;       // transfers that hints caused
+  std::uint64_t num_prefetched_used = 0;  // of these, used by an event
+  std::uint64_t nbytes_prefetch_used = 0;
+  std::uint64_t nbytes_prefetch_wasted = 0;
+  std::uint64_t num_failed = 0;
+  std::uint64_t num_repaired = 0;
+  std::uint64_t stall_ns = 0;  // spent waiting with nothing ready to compute on
+  std::array<std::uint64_t, kNumLinks> nbytes_moved{};
+};
+
+class Tiers;
+
+/// A layer step and all its keys: pinned in HBM until `release`. Used by one thread.
+class Event {
+ public:
+  struct Failure {
+    std::uint32_t position;
+    std::exception_ptr error;
+  };
+
+  Event(std::shared_ptr<Tiers> tiers, std::size_t num_keys);
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+  const std::vector<Key>& keys() const { return keys_; }
+  /// HBM slots (byte offsets), by position in `keys`.
+  const std::vector<Slot>& slots() const { return slots_; }
+  /// Positions whose bytes are in place and that no earlier call returned. Waits until there is
+  /// one; empty when all have been returned. `failures` gets the positions whose transfer failed.
+  std::vector<std::uint32_t> wait_any(std::vector<Failure>& failures);
+  /// The caller has filled the slot of a failed position itself.
+  void repaired(std::uint32_t position);
+  void release();
+
+ private:
+  friend class Tiers;
+  std::shared_ptr<Tiers> tiers_;
+  std::shared_ptr<Memory> memory_;  // outlives the runtime while somebody may still read a slot
+  std::vector<Key> keys_;
+  std::vector<Slot> slots_;
+  std::vector<std::shared_ptr<Transfer>> tickets_;  // by position; null when returned or resident
+  std::vector<std::uint32_t> ready_;
+  std::size_t num_pending_ = 0;
+  bool released_ = false;
+};
+
+class Tiers : public std::enable_shared_from_this<Tiers> {
+ public:
+  /// Called now and then, without the lock, by a thread that waits; throws to give up.
+  using Poll = std::function<void()>;
+
+  Tiers(const TiersConfig& config, std::unique_ptr<Device> device, Poll poll);
+  ~Tiers();
+
+  /// Tells where blocks come from. Replaces what was known of a key.
+  void add_blocks(const std::vector<Key>& keys, std::vector<std::shared_ptr<const Extent>> extents);
+  /// Forgets all blocks of a model, waiting for its transfers and events.
+  void remove_space(std::uint8_t space);
+
+  /// Pins all keys of an event (distinct, known) and starts what is missing. Waits while other
+  /// events' pins are in the way, or, if `wait` is false, returns nullptr. Throws EventTooLarge
+  /// if the tier can't hold the event, RuntimeClosed, ConfigError for an unknown key.
+  std::shared_ptr<Event> acquire(const Key* keys, std::size_t num_keys, std::uint64_t stream,
+                                 bool wait);
+
+  /// Predicts the next event of a partition: keys of one partition, the likeliest first. `exact`
+  /// hints are right by construction and needn't prove that they pay.
+  void hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bool exact);
+
+  bool resident(Key key);
+  /// The most blocks of this size that an event can hold.
+  std::uint64_t max_event(std::uint64_t nbytes);
+  /// False if pins or transfers hold memory back: it is given back as they end.
+  bool resize_hbm(std::uint64_t nbytes);
+  bool resize_dram(std::uint64_t nbytes);
+  void throttle(Link link, double bytes_per_second) { engine_.throttle(link, bytes_per_second); }
+
+  TiersStats stats();
+  std::map<Partition, HintBook::Precision> precision();
+  std::uint64_t hbm_nbytes_used();
+  std::uint64_t dram_nbytes_used();
+  std::shared_ptr<Memory> hbm_memory();
+  /// Cancels transfers, wakes waiting events with RuntimeClosed, gives the memory up.
+  void close();
+  bool closed();
+
+ private:
+  friend class Event;
+  using Lock = std::unique_lock<std::mutex>;
+  using Ticket = std::shared_ptr<Transfer>;
+  using Source = std::shared_ptr<const Extent>;
+
+  void check_open() const;
+  const Source& source_of(Key key) const;
+  Admission try_acquire(Event& event);
+  Block* find_usable(Key key);
+  bool can_join(const Block& block);
+  void join(Event& event, std::size_t position, Block& block);
+  void load(Event& event, std::size_t position, Block& block);
+  void settle_hints(const Event& event, std::uint64_t stream);
+  void drop_hint(const Hint& hint);
+  Ticket start_load(Block& block, Priority priority, std::uint32_t rank);
+  Ticket start_demotion(const Victim& victim);
+  void handle_victims(const std::vector<Victim>& victims);
+  void on_load_end(Key key, const Transfer& transfer);
+  void on_demotion_end(Key key, Slot hbm_slot, const Transfer& transfer);
+  void settle_load(Key key, const Transfer& transfer);
+  void wait_changed(Lock& lock);
+  void release(Event& event);
+  bool resize(Residency& residency, Memory& memory, std::uint64_t nbytes);
+  void finish_resize();
+  std::byte* hbm(Slot slot) const { return hbm_memory_->data() + slot; }
+  std::byte* dram(Slot slot) const { return dram_memory_->data() + slot; }
+
+  std::unique_ptr<Device> device_;
+  Poll poll_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool closed_ = false;
+  std::shared_ptr<Memory> hbm_memory_, dram_memory_;
+  Residency hbm_, dram_;
+  bool has_dram_;
+  std::uint64_t max_guessed_nbytes_;
+  FlatMap<Source> sources_;
+  std::unordered_map<Key, Ticket> loads_;      // into HBM, in flight
+  std::unordered_map<Key, Ticket> demotions_;  // into DRAM, in flight
+  std::unordered_map<Slot, Ticket> leaving_;   // HBM slots whose last block is being copied out
+  HintBook hints_;
+  std::uint64_t clock_ = 0;  // events so far: orders prefetches
+  TiersStats stats_;
+  TransferEngine engine_;  // last: its threads end before the rest goes
+};
+
+}  // namespace tiered_mem

@@ -1,0 +1,239 @@
+#include "transfer.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "error.h"
+
+namespace tiered_mem {
+
+namespace {
+
+double seconds_now() {
+  using namespace std::chrono;
+  return duration<double>(steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+const char* link_name(Link link) {
+  static const char* const names[] = {"nvme_to_hbm", "dram_to_hbm", "hbm_to_dram"};
+  return names[static_cast<std::size_t>(link)];
+}
+
+std::uint32_t Transfer::num_chunks() const {
+  if (extent) return static_cast<std::uint32_t>(extent->chunks.size());
+  return static_cast<std::uint32_t>((nbytes + kChunk - 1) / kChunk);
+}
+
+TransferEngine::TransferEngine(std::size_t num_threads, Device& device) : device_(device) {
+  for (std::size_t i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
+}
+
+TransferEngine::~TransferEngine() {
+  stop();
+  {
+    std::lock_guard lock(mutex_);
+    closing_ = true;
+  }
+  wake_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+// Demands are served in the order they came, prefetches by due time and probability.
+void TransferEngine::enqueue(const std::shared_ptr<Transfer>& transfer) {
+  if (transfer->priority_ == Priority::demand) {
+    demand_.push_back(transfer);
+  } else {
+    const auto sooner = [](const auto& a, const auto& b) {
+      return a->due != b->due ? a->due < b->due : a->probability > b->probability;
+    };
+    prefetch_.insert(std::upper_bound(prefetch_.begin(), prefetch_.end(), transfer, sooner),
+                     transfer);
+  }
+  wake_.notify_all();
+}
+
+bool TransferEngine::submit(const std::shared_ptr<Transfer>& transfer, Priority priority) {
+  std::lock_guard lock(mutex_);
+  transfer->priority_ = priority;
+  if (stopping_) {
+    transfer->abandoned_ = true;
+    end(*transfer);
+    return false;
+  }
+  ++num_open_;
+  enqueue(transfer);
+  return true;
+}
+
+bool TransferEngine::raise(const std::shared_ptr<Transfer>& transfer) {
+  std::lock_guard lock(mutex_);
+  if (transfer->ended() || transfer->error_ || stopping_) return false;
+  if (transfer->priority_ == Priority::demand && !transfer->abandoned_) return true;
+  const auto found = std::find(prefetch_.begin(), prefetch_.end(), transfer);
+  if (found != prefetch_.end()) prefetch_.erase(found);
+  num_in_flight(*transfer) -= transfer->num_in_flight_;
+  transfer->priority_ = Priority::demand;
+  num_in_flight(*transfer) += transfer->num_in_flight_;
+  transfer->abandoned_ = false;
+  if (transfer->next_chunk_ < transfer->num_chunks()) enqueue(transfer);
+  return true;
+}
+
+bool TransferEngine::cancel(const std::shared_ptr<Transfer>& transfer) {
+  std::lock_guard lock(mutex_);
+  if (transfer->ended()) return false;
+  Queue& queue = transfer->priority_ == Priority::demand ? demand_ : prefetch_;
+  const auto found = std::find(queue.begin(), queue.end(), transfer);
+  if (found == queue.end()) return false;  // too late: its last chunk is under way
+  queue.erase(found);
+  transfer->abandoned_ = true;
+  if (transfer->num_in_flight_ > 0) return false;
+  end(*transfer);
+  --num_open_;
+  quiet_.notify_all();
+  wake_.notify_all();
+  return true;
+}
+
+void TransferEngine::stop() {
+  std::unique_lock lock(mutex_);
+  stopping_ = true;
+  for (Queue* queue : {&demand_, &prefetch_})
+    while (!queue->empty()) {
+      const auto transfer = queue->front();
+      queue->pop_front();
+      transfer->abandoned_ = true;
+      if (transfer->num_in_flight_ == 0) finish(lock, transfer);
+    }
+  quiet_.wait(lock, [this] { return num_open_ == 0; });
+}
+
+void TransferEngine::throttle(Link link, double bytes_per_second) {
+  std::lock_guard lock(mutex_);
+  pace_[static_cast<std::size_t>(link)].bytes_per_second = bytes_per_second;
+}
+
+std::uint64_t TransferEngine::nbytes_moved(Link link) const {
+  std::lock_guard lock(mutex_);
+  return nbytes_moved_[static_cast<std::size_t>(link)];
+}
+
+std::size_t& TransferEngine::num_in_flight(const Transfer& transfer) {
+  return num_in_flight_[static_cast<std::size_t>(transfer.link)]
+                       [static_cast<std::size_t>(transfer.priority_)];
+}
+
+// A prefetch starts only on an idle link, and one chunk at a time, so that a demand never waits
+// for more than a single chunk of it.
+bool TransferEngine::may_start(const Transfer& transfer) const {
+  for (const auto& before : transfer.after)
+    if (!before->ended()) return false;
+  if (transfer.priority_ == Priority::demand) return true;
+  const auto& busy = num_in_flight_[static_cast<std::size_t>(transfer.link)];
+  return busy[0] + busy[1] == 0;
+}
+
+bool TransferEngine::claim(Claim& claim) {
+  return claim_from(demand_, claim) || claim_from(prefetch_, claim);
+}
+
+bool TransferEngine::claim_from(Queue& queue, Claim& claim) {
+  for (auto it = queue.begin(); it != queue.end(); ++it) {
+    const std::shared_ptr<Transfer> transfer = *it;
+    if (!may_start(*transfer)) continue;
+    claim = {transfer, transfer->next_chunk_++};
+    ++transfer->num_in_flight_;
+    ++num_in_flight(*transfer);
+    if (transfer->next_chunk_ >= transfer->num_chunks()) queue.erase(it);
+    return true;
+  }
+  return false;
+}
+
+void TransferEngine::work() {
+  Scratch scratch;
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    Claim mine;
+    wake_.wait(lock, [&] { return closing_ || claim(mine); });
+    if (!mine.transfer) return;
+    Transfer& transfer = *mine.transfer;
+    std::exception_ptr error;
+    const std::uint64_t first = mine.chunk * kChunk;
+    const std::uint64_t nbytes = transfer.extent ? transfer.extent->chunks[mine.chunk].stored_nbytes
+                                                 : std::min(kChunk, transfer.nbytes - first);
+    lock.unlock();
+    try {
+      move_chunk(mine, scratch);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    lock.lock();
+    wait_for_turn(transfer.link, nbytes, lock);
+
+    nbytes_moved_[static_cast<std::size_t>(transfer.link)] += nbytes;
+    transfer.nbytes_moved_ += nbytes;
+    --transfer.num_in_flight_;
+    --num_in_flight(transfer);
+    if (error && !transfer.abandoned_) {
+      transfer.error_ = error;
+      transfer.abandoned_ = true;
+      Queue& queue = transfer.priority_ == Priority::demand ? demand_ : prefetch_;
+      queue.erase(std::remove(queue.begin(), queue.end(), mine.transfer), queue.end());
+    }
+    const bool all_claimed = transfer.next_chunk_ >= transfer.num_chunks();
+    if (transfer.num_in_flight_ == 0 && (transfer.abandoned_ || all_claimed))
+      finish(lock, mine.transfer);
+    wake_.notify_all();
+  }
+}
+
+void TransferEngine::move_chunk(const Claim& claim, Scratch& scratch) {
+  Transfer& transfer = *claim.transfer;
+  const std::uint64_t first = claim.chunk * kChunk;
+  if (transfer.extent) {
+    read_chunk(*transfer.extent, claim.chunk, transfer.target + first, scratch);
+    return;
+  }
+  const std::uint64_t nbytes = std::min(kChunk, transfer.nbytes - first);
+  device_.wait(device_.copy_async(transfer.target + first, transfer.source + first, nbytes));
+}
+
+// A throttled link carries one chunk after the other, each as long as its bytes take.
+void TransferEngine::wait_for_turn(Link link, std::uint64_t nbytes,
+                                   std::unique_lock<std::mutex>& lock) {
+  Pace& pace = pace_[static_cast<std::size_t>(link)];
+  if (pace.bytes_per_second <= 0) return;
+  pace.free_at = std::max(pace.free_at, seconds_now()) + nbytes / pace.bytes_per_second;
+  const double until = pace.free_at;
+  lock.unlock();
+  std::this_thread::sleep_for(std::chrono::duration<double>(until - seconds_now()));
+  lock.lock();
+}
+
+// Called with the lock; gives it up for `on_end` and takes it again.
+void TransferEngine::finish(std::unique_lock<std::mutex>& lock,
+                            const std::shared_ptr<Transfer>& transfer) {
+  const auto on_end = std::move(transfer->on_end);
+  end(*transfer);
+  lock.unlock();
+  if (on_end) on_end(*transfer);
+  lock.lock();
+  --num_open_;
+  wake_.notify_all();
+  quiet_.notify_all();
+}
+
+void TransferEngine::end(Transfer& transfer) {
+  transfer.after.clear();
+  transfer.keep_alive.clear();
+  transfer.on_end = nullptr;
+  transfer.status_.store(transfer.error_       ? Transfer::Status::failed
+                         : transfer.abandoned_ ? Transfer::Status::cancelled
+                                               : Transfer::Status::done,
+                         std::memory_order_release);
+}
+
+}  // namespace tiered_mem

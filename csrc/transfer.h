@@ -1,0 +1,136 @@
+// The transfer engine: I/O threads that move blocks in chunks of at most 1 MiB.
+//
+// Demand overtakes prefetch at the next chunk, and a prefetch chunk starts only while no demand
+// is queued or in flight, so a wrong guess costs a demand at most the one chunk that is under
+// way. The threads know nothing of Python, policies or residency.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "device.h"
+#include "direct_io.h"
+
+namespace tiered_mem {
+
+constexpr std::uint64_t kChunk = kChunkNbytes;
+
+enum class Priority : std::uint8_t { demand, prefetch };
+enum class Link : std::uint8_t { nvme_to_hbm, dram_to_hbm, hbm_to_dram };
+constexpr std::size_t kNumLinks = 3;
+const char* link_name(Link link);
+
+/// One block on its way: the ticket. Holds its buffers until it is done.
+class Transfer {
+ public:
+  enum class Status : std::uint8_t { queued, done, failed, cancelled };
+
+  Link link;
+  std::uint64_t nbytes = 0;
+  std::byte* target = nullptr;
+  /// Source: a block of a file, or other memory.
+  std::shared_ptr<const Extent> extent;
+  const std::byte* source = nullptr;
+  /// Transfers that must have ended first: they still read the target, or fill the source.
+  std::vector<std::shared_ptr<Transfer>> after;
+  /// Order among prefetches: earlier events first, likelier blocks first.
+  std::uint64_t due = 0;
+  double probability = 0;
+  std::vector<std::shared_ptr<const void>> keep_alive;
+  /// Called without the engine's lock when the transfer has ended, but for an end that `submit`
+  /// or `cancel` report by their return value.
+  std::function<void(Transfer&)> on_end;
+
+  Status status() const { return status_.load(std::memory_order_acquire); }
+  bool ended() const { return status() != Status::queued; }
+  /// The error of a failed transfer.
+  std::exception_ptr error() const { return error_; }
+  /// Bytes that were moved, once it has ended.
+  std::uint64_t nbytes_moved() const { return nbytes_moved_; }
+
+ private:
+  friend class TransferEngine;
+  std::uint32_t num_chunks() const;
+
+  Priority priority_ = Priority::demand;
+  std::uint32_t next_chunk_ = 0;     // the first that no thread has claimed
+  std::uint32_t num_in_flight_ = 0;  // claimed and not finished
+  std::uint64_t nbytes_moved_ = 0;
+  bool abandoned_ = false;  // cancelled or failed: claim no further chunk
+  std::exception_ptr error_;
+  std::atomic<Status> status_{Status::queued};
+};
+
+class TransferEngine {
+ public:
+  /// `device` copies between memories and outlives the engine.
+  TransferEngine(std::size_t num_threads, Device& device);
+  /// Cancels what hasn't started and waits for the chunks in flight.
+  ~TransferEngine();
+  TransferEngine(const TransferEngine&) = delete;
+  TransferEngine& operator=(const TransferEngine&) = delete;
+
+  /// False if the engine was stopped: the transfer has ended as cancelled.
+  bool submit(const std::shared_ptr<Transfer>& transfer, Priority priority);
+  /// Makes a prefetch a demand, a cancelled one that still has chunks in flight included. False
+  /// if it has ended.
+  bool raise(const std::shared_ptr<Transfer>& transfer);
+  /// Claims no further chunk. True if the transfer ended by it; else it ends (as cancelled, or
+  /// as done if all its chunks were claimed) with its last chunk in flight.
+  bool cancel(const std::shared_ptr<Transfer>& transfer);
+  /// Cancels everything and waits until nothing is queued or in flight. Later submits end as
+  /// cancelled.
+  void stop();
+
+  /// Bytes per second that a link may carry, 0 for no limit: slows a link down to study it.
+  void throttle(Link link, double bytes_per_second);
+
+  /// Bytes of all chunks that were moved, by link, those of cancelled transfers included.
+  std::uint64_t nbytes_moved(Link link) const;
+
+ private:
+  using Queue = std::deque<std::shared_ptr<Transfer>>;
+  struct Claim {
+    std::shared_ptr<Transfer> transfer;
+    std::uint32_t chunk = 0;
+  };
+
+  void work();
+  bool claim(Claim& claim);
+  bool claim_from(Queue& queue, Claim& claim);
+  bool may_start(const Transfer& transfer) const;
+  std::size_t& num_in_flight(const Transfer& transfer);
+  void enqueue(const std::shared_ptr<Transfer>& transfer);
+  void move_chunk(const Claim& claim, Scratch& scratch);
+  void wait_for_turn(Link link, std::uint64_t nbytes, std::unique_lock<std::mutex>& lock);
+  void finish(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Transfer>& transfer);
+  void end(Transfer& transfer);
+
+  Device& device_;
+  mutable std::mutex mutex_;
+  std::condition_variable wake_;                  // work came, a dependency ended, or stop
+  std::condition_variable quiet_;                 // a transfer ended
+  Queue demand_, prefetch_;                       // those with chunks left to claim, oldest first
+  std::size_t num_in_flight_[kNumLinks][2] = {};  // chunks by link and priority
+  std::size_t num_open_ = 0;                      // submitted and not ended
+  bool stopping_ = false;
+  bool closing_ = false;
+  struct Pace {
+    double bytes_per_second = 0;
+    double free_at = 0;  // seconds on the steady clock
+  };
+  Pace pace_[kNumLinks];
+  std::uint64_t nbytes_moved_[kNumLinks] = {};
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace tiered_mem
