@@ -44,7 +44,7 @@ def hollow_experts() -> Iterator[list[Checkpoint]]:
             return resume(loading.state_dict)  # more weights (an adapter) for a hollow model
         if "disk" in (loading.config.device_map or {}).values():
             raise ConfigError(
-                "device_map leaves weights on disk; beside hollow experts the other weights have to "
+                "device_map leaves weights on disk; with hollow experts the rest has to "
                 "be in memory: give a device_map without 'disk', or none"
             )
         checkpoint = Checkpoint(loading)
