@@ -1,0 +1,131 @@
+"""What a store writes: catalogue entries and encoded payloads. Pure bytes, no LMDB."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from tiered_mem import _core
+from tiered_mem.errors import ChecksumError, ConfigError
+
+Bytes = npt.NDArray[np.uint8]
+Table = npt.NDArray[np.uint32]
+
+CHUNK_NBYTES: int = _core.CHUNK_NBYTES
+ALIGNMENT: int = _core.IO_ALIGNMENT
+PAGE_HEADER_NBYTES = 16
+# A large LMDB value starts right after the header of its first page, so this many bytes in front of
+# a payload make it start at a multiple of ALIGNMENT in the file, where O_DIRECT can fetch it.
+PAD_NBYTES = ALIGNMENT - PAGE_HEADER_NBYTES
+# Level 1 compresses real bf16 weights within 1 % of level 3, at twice the speed.
+ZSTD_LEVEL = 1
+
+_CRC = struct.Struct("<I")
+_FIELDS = struct.Struct("<BBHQQQ")
+
+
+class Codec(IntEnum):
+    """How a chunk is stored. The numbers are those of csrc/codec.h."""
+
+    NONE = 0
+    ZSTD = 1
+    ZSTD_PLANES2 = 2
+
+    @classmethod
+    def choose(cls, name: str, itemsize: int) -> Codec:
+        """Return the codec for `name` and elements of `itemsize` bytes. Raises `ConfigError`."""
+        if name == "none":
+            return cls.NONE
+        if name == "zstd":
+            return cls.ZSTD_PLANES2 if itemsize == 2 else cls.ZSTD
+        raise ConfigError(f"unknown codec {name!r}: use 'none' or 'zstd'")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One block's line in the catalogue.
+
+    `offset` is where its first chunk starts in the file. `table` has one row a chunk: stored bytes,
+    raw bytes, CRC-32C of the stored bytes. `generation` grows with every rewrite of the store.
+    """
+
+    codec: Codec
+    itemsize: int
+    nbytes: int
+    generation: int
+    offset: int
+    table: Table
+
+    @property
+    def stored_nbytes(self) -> int:
+        return int(self.table[:, 0].sum(dtype=np.uint64))
+
+    def pack(self, key: bytes) -> bytes:
+        """Return the entry as bytes. Its checksum covers `key`, so it can't serve another one."""
+        fields = _FIELDS.pack(
+            self.codec, self.itemsize, 0, self.nbytes, self.generation, self.offset
+        )
+        body = fields + self.table.astype("<u4", copy=False).tobytes()
+        return _CRC.pack(_core.crc32c(key + body)) + body
+
+    @classmethod
+    def unpack(cls, key: bytes, packed: memoryview) -> Entry:
+        """Return the entry that `packed` holds. Raises `ChecksumError` if it's damaged."""
+        body = bytes(packed[_CRC.size :])
+        fields_end = _CRC.size + _FIELDS.size
+        if len(packed) < fields_end or _CRC.unpack_from(packed)[0] != _core.crc32c(key + body):
+            raise ChecksumError(
+                f"the catalogue entry of key 0x{key.hex()} is damaged: repair or pack the store"
+            )
+        codec, itemsize, _, nbytes, generation, offset = _FIELDS.unpack_from(body)
+        table = np.frombuffer(body, "<u4", offset=_FIELDS.size).reshape(-1, 3)
+        return cls(Codec(codec), itemsize, nbytes, generation, offset, table)
+
+
+def encode(raw: Bytes, codec: Codec) -> tuple[Bytes, Table]:
+    """Return `raw` as an encoded payload with its pad in front, and its chunk table."""
+    if codec is Codec.NONE:
+        value = np.empty(PAD_NBYTES + raw.nbytes, np.uint8)
+        value[:PAD_NBYTES] = 0
+        value[PAD_NBYTES:] = raw
+        return value, plain_table(raw)
+    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+    chunks = list(_chunks(raw))
+    arrange = _planes if codec is Codec.ZSTD_PLANES2 else np.ascontiguousarray
+    stored = [compressor.compress(arrange(chunk).data) for chunk in chunks]
+    value = np.zeros(PAD_NBYTES + sum(round_up(len(s), ALIGNMENT) for s in stored), np.uint8)
+    start = PAD_NBYTES
+    for piece in stored:
+        value[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
+        start += round_up(len(piece), ALIGNMENT)
+    rows = [(len(s), c.nbytes, _core.crc32c(s)) for s, c in zip(stored, chunks, strict=True)]
+    return value, np.array(rows, np.uint32).reshape(-1, 3)
+
+
+def plain_table(raw: Bytes) -> Table:
+    """Return the chunk table of a payload that is stored as it is."""
+    rows = [(chunk.nbytes, chunk.nbytes, _core.crc32c(chunk.data)) for chunk in _chunks(raw)]
+    return np.array(rows, np.uint32).reshape(-1, 3)
+
+
+def round_up(nbytes: int, multiple: int) -> int:
+    return -(-nbytes // multiple) * multiple
+
+
+def _chunks(raw: Bytes) -> Iterator[Bytes]:
+    return (raw[i : i + CHUNK_NBYTES] for i in range(0, raw.nbytes, CHUNK_NBYTES))
+
+
+def _planes(chunk: Bytes) -> Bytes:
+    """Split 2-byte elements: all first bytes, all second bytes, an odd tail byte.
+
+    The exponents of 16-bit floats compress well once the mantissas are out of their way.
+    """
+    even = chunk.nbytes // 2 * 2
+    return np.concatenate([chunk[:even:2], chunk[1:even:2], chunk[even:]])

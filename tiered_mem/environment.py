@@ -1,0 +1,265 @@
+"""The LMDB environment under a store: opening and sharing it, locks, and errors by name."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import struct
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lmdb
+
+from tiered_mem import _core
+from tiered_mem.errors import (
+    StoreBusyError,
+    StoreError,
+    StoreFullError,
+    StoreMismatchError,
+    StoreReadOnlyError,
+)
+
+FORMAT_VERSION = 1
+
+_DATA, _LOCK, _WRITER_LOCK = "data.mdb", "lock.mdb", "writer.lock"
+_DATABASES = (b"catalogue", b"payload", b"meta")
+_FORMAT_KEY = b"format"
+_FORMAT = struct.Struct("<I")
+_MAX_READERS = 1024
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class WriterLock:
+    """Held by the one process that may write. The kernel drops it when that process dies.
+
+    LMDB's own lock would make a second writer wait; this one lets it fail at once.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Make `directory` if need be and lock it. Raises `StoreBusyError`."""
+        with named_errors(directory):
+            _prepare_directory(directory)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            self._fd = os.open(directory / _WRITER_LOCK, flags, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise StoreBusyError(
+                f"{directory} is open for writing already: close it there first"
+            ) from None
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+
+class Environment:
+    """An LMDB environment, which a process may open only once: every `Store` on it shares it.
+
+    `meta`, `catalogue` and `payload` are its databases, `file` its data file to read from.
+    """
+
+    _shared: ClassVar[dict[tuple[int, int], Environment]] = {}
+    _shared_lock = threading.Lock()
+
+    def __init__(self, directory: Path, *, map_nbytes: int, writable: bool) -> None:
+        self.directory = directory
+        self.data_path = directory / _DATA
+        self._users = 0
+        self._num_readers = 0
+        self._readers_lock = threading.Lock()
+        with named_errors(directory):
+            self.lmdb = lmdb.open(
+                str(directory),
+                map_size=map_nbytes,
+                readonly=not writable,
+                create=writable,
+                mode=0o600,
+                max_dbs=3,
+                max_readers=_MAX_READERS,
+                readahead=False,  # only the catalogue is read through the map
+            )
+        try:
+            self.page_nbytes: int = self.lmdb.stat()["psize"]
+            self._refuse_truncated()
+            with named_errors(directory):
+                if writable:
+                    self._create_databases()
+                self._open_databases()
+                self.lmdb.reader_check()  # frees what killed readers held
+            self.file = _core.File(str(self.data_path))
+            status = os.stat(self.data_path)
+            self._identity = status.st_dev, status.st_ino
+        except BaseException:
+            self.lmdb.close()
+            raise
+
+    @classmethod
+    def open(cls, directory: Path) -> Environment:
+        """Return the environment of an existing store, to read."""
+        with cls._shared_lock:
+            identity = _identity(directory)
+            if identity is None:
+                raise StoreError(f"no store at {directory}: make one with `tiered-mem pack`")
+            if identity not in cls._shared:
+                return cls(directory, map_nbytes=0, writable=False)._share()
+            cls._shared[identity]._users += 1
+            return cls._shared[identity]
+
+    @classmethod
+    def create(cls, directory: Path, capacity: int | None) -> Environment:
+        """Return the environment of a store to write, made if need be. Hold its `WriterLock`."""
+        with cls._shared_lock:
+            if _identity(directory) in cls._shared:
+                raise StoreBusyError(f"{directory} is open in this process already: close it first")
+            with named_errors(directory):
+                map_nbytes = _map_nbytes(directory, capacity)
+            environment = cls(directory, map_nbytes=map_nbytes, writable=True)
+            return environment._share()
+
+    def _share(self) -> Environment:
+        self._shared[self._identity] = self
+        self._users = 1
+        self._announce()
+        return self
+
+    def release(self) -> None:
+        """Give up one use; the last one closes the environment and its transactions."""
+        with self._shared_lock:
+            self._users -= 1
+            if self._users == 0:
+                del self._shared[self._identity]
+                self.lmdb.close()
+
+    def begin_read(self) -> Any:
+        """Begin a read transaction; end it with `end_read`."""
+        with self._readers_lock, named_errors(self.directory):
+            try:
+                txn = self.lmdb.begin(buffers=True)
+            except lmdb.MapResizedError:
+                # Another process opened the store with a larger capacity. Moving our map to match
+                # would pull it from under the transactions that are open.
+                if self._num_readers > 0:
+                    raise StoreError(
+                        f"{self.directory} has outgrown its map: close its snapshots and try again"
+                    ) from None
+                self.lmdb.set_mapsize(0)
+                txn = self.lmdb.begin(buffers=True)
+            self._num_readers += 1
+            return txn
+
+    def end_read(self, txn: Any) -> None:
+        with self._readers_lock:
+            txn.abort()
+            self._num_readers -= 1
+
+    def _refuse_truncated(self) -> None:
+        # Touching the map behind the file's end would kill the process with SIGBUS. Opening and
+        # info() don't; every writer keeps the file at least this long (Transaction._extend_file).
+        expected = (self.lmdb.info()["last_pgno"] + 1) * self.page_nbytes
+        actual = os.stat(self.data_path).st_size
+        if actual < expected:
+            raise StoreError(
+                f"{self.data_path} is truncated: {actual} bytes of at least {expected}. "
+                "Delete the store and pack it again"
+            )
+
+    def _create_databases(self) -> None:
+        with self.lmdb.begin(write=True) as txn:
+            if txn.stat()["entries"] == 0:
+                _, _, meta = (self.lmdb.open_db(name, txn=txn) for name in _DATABASES)
+                txn.put(_FORMAT_KEY, _FORMAT.pack(FORMAT_VERSION), db=meta)
+
+    def _open_databases(self) -> None:
+        try:
+            self.catalogue, self.payload, self.meta = (
+                self.lmdb.open_db(name, create=False) for name in _DATABASES
+            )
+        except lmdb.NotFoundError:
+            raise StoreError(
+                f"{self.directory} holds an LMDB database that isn't a store of tiered-mem"
+            ) from None
+        with self.lmdb.begin(db=self.meta) as txn:
+            version = _FORMAT.unpack(txn.get(_FORMAT_KEY, bytes(_FORMAT.size)))[0]
+        if version != FORMAT_VERSION:
+            raise StoreMismatchError(
+                f"{self.directory} has store format {version}, this version of tiered-mem reads "
+                f"{FORMAT_VERSION}: pack it again"
+            )
+
+    def _announce(self) -> None:
+        if not self.file.direct:
+            warnings.warn(
+                f"{self.directory} lies on a filesystem without O_DIRECT: blocks are read through "
+                "the page cache, at the cost of a copy and of memory beside the budgets",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        if not _core.async_reads_available():
+            warnings.warn(
+                "Linux native AIO isn't available here: a reader waits for each chunk in turn, "
+                "which lowers the bandwidth of a single reader",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+
+@contextmanager
+def named_errors(directory: Path, written_nbytes: int = 0) -> Iterator[None]:
+    """Turn errors of LMDB and the system into those of `tiered_mem.errors`.
+
+    `written_nbytes` is what a failed commit may have tried to write: LMDB reports a write cut short
+    by a full disk as EIO, which only the space left tells from a broken one.
+    """
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise StoreFullError(
+            f"{directory} has reached its capacity: open it with a larger one, or delete blocks"
+        ) from error
+    except lmdb.VersionMismatchError as error:
+        raise StoreMismatchError(f"{directory} is of another LMDB version: {error}") from error
+    except (lmdb.Error, OSError) as error:
+        code = error.errno if isinstance(error, OSError) else error.code
+        if code in _FULL or (code == errno.EIO and _free_nbytes(directory) < written_nbytes):
+            raise StoreFullError(f"the disk under {directory} is full: {error}") from error
+        if code in _READ_ONLY or isinstance(error, lmdb.ReadonlyError):
+            raise StoreReadOnlyError(f"{directory} can't be written: {error}") from error
+        raise StoreError(f"{directory}: {error}") from error
+
+
+def _prepare_directory(directory: Path) -> None:
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    names = set(os.listdir(directory))
+    if names and _DATA not in names and not names <= {_LOCK, _WRITER_LOCK}:
+        raise StoreError(f"{directory} is not empty and holds no store: name another directory")
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(directory / _DATA)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _map_nbytes(directory: Path, capacity: int | None) -> int:
+    """Return the size of the map, which is what limits the file."""
+    if capacity is None:
+        data = directory / _DATA
+        used = os.stat(data).st_blocks * 512 if data.exists() else 0
+        capacity = used + _free_nbytes(directory)
+    pages = max(capacity // mmap.PAGESIZE, 16)  # LMDB can't start with less
+    return pages * mmap.PAGESIZE
+
+
+def _free_nbytes(directory: Path) -> int:
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
