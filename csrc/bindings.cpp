@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "block_reader.h"
 #include "checksum.h"
 #include "direct_io.h"
 #include "error.h"
@@ -66,8 +67,8 @@ uint32_t checksum(const py::buffer& data, uint32_t seed) {
 void read_block_into(const Extent& extent, const py::buffer& out) {
   const py::buffer_info info = contiguous(out, true);
   py::gil_scoped_release release;
-  thread_local ReadContext context;
-  read_block(extent, static_cast<std::byte*>(info.ptr), nbytes(info), context);
+  thread_local BlockReader reader;
+  reader.read(extent, static_cast<std::byte*>(info.ptr), nbytes(info));
 }
 
 using Table = py::array_t<uint32_t, py::array::c_style>;
@@ -89,7 +90,7 @@ void bind_store(py::module_& m) {
   m.def("crc32c_software", &checksum<crc32c_software>, py::arg("data"), py::arg("seed") = 0,
         "CRC-32C by table lookups: what crc32c is tested against.");
   m.def(
-      "async_reads_available", [] { return AsyncReads().available(); },
+      "async_reads_available", [] { return BlockReader().async(); },
       "Whether one thread can keep several reads in flight here (Linux native AIO).");
 
   py::class_<File, std::shared_ptr<File>>(m, "File",

@@ -66,31 +66,7 @@ Extent make_extent(std::shared_ptr<File> file, Codec codec, uint64_t nbytes, uin
 // chunks land in place. Throws IoError, ChecksumMismatch, StoreError.
 void read_chunk(const Extent& extent, size_t i, std::byte* dst, Scratch& scratch);
 
-// Linux native AIO: lets one thread keep several reads in flight. One context per thread.
-class AsyncReads {
- public:
-  static constexpr unsigned kDepth = 16;
-
-  AsyncReads();
-  ~AsyncReads();
-  AsyncReads(const AsyncReads&) = delete;
-  AsyncReads& operator=(const AsyncReads&) = delete;
-
-  bool available() const { return context_ != 0; }
-  unsigned long context() const { return context_; }
-
- private:
-  unsigned long context_ = 0;
-};
-
-struct ReadContext {
-  Scratch scratch;
-  AsyncReads async;
-};
-
-// Reads a whole block of extent.nbytes bytes to `dst`, where `room` bytes may be written. Chunks
-// are in flight together, and each is verified while the later ones still come, so that the
-// checksum costs no time on the device. Throws like read_chunk.
-void read_block(const Extent& extent, std::byte* dst, size_t room, ReadContext& context);
+// Whether chunk bytes read to `dst`, where `room` bytes may be written, need no further copy.
+bool lands_in_place(const Extent& extent, const Chunk& chunk, const std::byte* dst, size_t room);
 
 }  // namespace tiered_mem
