@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -78,13 +79,12 @@ class Checkpoint:
 
         `dtype` and `hf_kwargs` mean what they mean there (None and "auto": the checkpoint's own).
         `model_class` defaults to what `default_model_class` finds. A model that can't be wrapped is
-        refused before a file of weights is fetched.
+        refused before a file of weights is fetched or opened.
         """
         path = os.fspath(path_or_id)
         try:
             model_class = model_class or default_model_class(path, **hf_kwargs)
-            if not os.path.isdir(path):
-                _refuse_by_config(path, model_class, hf_kwargs)
+            _refuse_by_config(path, model_class, hf_kwargs)
             taken: list[Checkpoint] = []
 
             def take(loading: Loading, resume: Any) -> Any:
@@ -95,7 +95,7 @@ class Checkpoint:
                 model_class.from_pretrained(path, dtype=dtype, **hf_kwargs)
         except _Taken:
             return taken[0]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"can't open the checkpoint {path}: {error}") from error
         raise CheckpointError(
             f"transformers loaded {path} without reading safetensors files; save the model with "
@@ -295,9 +295,9 @@ class _Taken(Exception):
 def _refuse_by_config(path: str, model_class: type[Any], hf_kwargs: dict[str, Any]) -> None:
     """Build the model on meta from its config alone, and refuse it if it can't be wrapped."""
     build = getattr(model_class, "from_config", None) or model_class._from_config
+    trust = {k: v for k, v in hf_kwargs.items() if k == "trust_remote_code"}
     with torch.device("meta"):
-        model = build(load_config(path, **hf_kwargs))
-    require_experts(model)
+        require_experts(build(load_config(path, **hf_kwargs), **trust))
 
 
 def _refuse_quantizing(loading: Loading, names: list[str]) -> None:

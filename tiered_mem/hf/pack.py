@@ -108,7 +108,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def require_match(store: Store, checkpoint: Checkpoint) -> None:
-    """Raise `StoreMismatchError` unless the store's experts are this checkpoint's, laid out as here.
+    """Raise `StoreMismatchError` unless the store's experts are this checkpoint's, in its layout.
 
     The checkpoint's name may differ: the same files may have moved.
     """
