@@ -51,6 +51,11 @@ def edit_tensors(folder: Path, edit: Any) -> None:
     save_file(edit(load_file(path)), path, metadata={"format": "pt"})
 
 
+def drop_tensors(folder: Path, part: str) -> None:
+    """Leave out the tensors that have `part` in their key."""
+    edit_tensors(folder, lambda t: {key: value for key, value in t.items() if part not in key})
+
+
 def edit_config(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))

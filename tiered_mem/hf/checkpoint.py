@@ -47,7 +47,7 @@ class Checkpoint:
         self._where = {key: file for file in self._files for key in file.tensors}
         infos: dict[str, TensorInfo] = {k: f.tensors[k] for k, f in self._where.items()}
         _check_index(loading, infos)
-        self._config = loading.model.config
+        self.config = loading.model.config
         self._quantizer = loading.config.hf_quantizer
         recipes = {t: r for r in group_keys(loading, infos).values() for t in r.targets}
 
@@ -60,7 +60,7 @@ class Checkpoint:
                 self.names.append(root)
                 self._layers.append(_Layer(root, loading.model.get_submodule(root), recipes))
             self.layer_of[name] = self.names.index(root)
-        self.layouts = [x.lay_out(infos, self._config, self._quantizer) for x in self._layers]
+        self.layouts = [x.lay_out(infos, self.config, self._quantizer) for x in self._layers]
         self.expert_keys = frozenset(
             key for layer in self._layers for recipe in layer.recipes for key in recipe.keys
         )
@@ -209,7 +209,7 @@ class LayerReader:
         self._whole.clear()
 
     def _make(self, recipe: Recipe, index: int) -> dict[str, torch.Tensor]:
-        read, config = self._checkpoint._read, self._checkpoint._config
+        read, config = self._checkpoint._read, self._checkpoint.config
         quantizer = self._checkpoint._quantizer
         if recipe.by_expert:
             made = recipe.make_one(index, read, self._layer.one, config, quantizer)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tiered_mem import _core
 from tiered_mem.errors import StoreMismatchError
 
 # Cache-line and vector friendly, and a multiple of every element size, so that a view of a
@@ -65,6 +66,11 @@ class ExpertLayout:
     def nbytes(self) -> int:
         """Bytes of one block, up to the end of its last field."""
         return max((field.offset + field.nbytes for field in self.fields), default=0)
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes that a block takes in a tier: slots are whole pages."""
+        return -(-self.nbytes // _core.IO_ALIGNMENT) * int(_core.IO_ALIGNMENT)
 
     @property
     def itemsize(self) -> int:
