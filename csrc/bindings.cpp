@@ -262,6 +262,15 @@ void bind_runtime(py::module_& m) {
       .def("acquire", &acquire, py::arg("keys"), py::arg("stream") = 0, py::arg("wait") = true)
       .def("hint", &hint, py::arg("keys"), py::arg("stream") = 0, py::arg("exact") = false)
       .def("resident", &Tiers::resident, py::arg("key"), Released())
+      .def(
+          "num_resident",
+          [](Tiers& tiers, const KeyArray& keys) {
+            const Key* data = keys.data();
+            const auto num_keys = static_cast<size_t>(keys.size());
+            py::gil_scoped_release release;
+            return tiers.num_resident(data, num_keys);
+          },
+          py::arg("keys"))
       .def("max_event", &Tiers::max_event, py::arg("nbytes"), Released())
       .def("resize_hbm", &Tiers::resize_hbm, py::arg("nbytes"), Released())
       .def("resize_dram", &Tiers::resize_dram, py::arg("nbytes"), Released())

@@ -56,10 +56,14 @@ const Tiers::Source& Tiers::source_of(Key key) const {
   return *source;
 }
 
-bool Tiers::resident(Key key) {
+bool Tiers::resident(Key key) { return num_resident(&key, 1) == 1; }
+
+std::size_t Tiers::num_resident(const Key* keys, std::size_t num_keys) {
   Lock lock(mutex_);
-  const Block* block = hbm_.find(key);
-  return block != nullptr && block->state == State::ready;
+  return static_cast<std::size_t>(std::count_if(keys, keys + num_keys, [this](Key key) {
+    const Block* block = hbm_.find(key);
+    return block != nullptr && block->state == State::ready;
+  }));
 }
 
 std::uint64_t Tiers::max_event(std::uint64_t nbytes) {

@@ -117,6 +117,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   void hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bool exact);
 
   bool resident(Key key);
+  std::size_t num_resident(const Key* keys, std::size_t num_keys);
   /// The most blocks of this size that an event can hold.
   std::uint64_t max_event(std::uint64_t nbytes);
   /// False if pins or transfers hold memory back: it is given back as they end.

@@ -1,0 +1,215 @@
+"""The experts function: stock experts modules computing on blocks as they arrive.
+
+Registered in transformers' experts interface. The formula is the interface's own (up, gate or
+activation, down, optional norm, router weight, sum); only where a weight comes from differs. Sums
+are taken in a fixed order whatever the order of arrival, so tokens don't depend on timing:
+`tiered` adds like `grouped_mm` (transformers' default), `tiered_eager` like `eager`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.integrations.moe import ExpertsInterface
+
+from tiered_mem.errors import RuntimeClosedError, TieredMemError, UnsupportedModelError
+from tiered_mem.hf.layout import ExpertLayout
+from tiered_mem.hf.prefetch import RouterHooks
+from tiered_mem.runtime import Space
+
+IMPLEMENTATIONS = {
+    None: "tiered",
+    "grouped_mm": "tiered",
+    "batched_mm": "tiered",
+    "eager": "tiered_eager",
+}
+
+Views = dict[str, torch.Tensor]
+
+
+class TieredExperts:
+    """What an experts module needs to find its weights: set as its attribute `tiered`."""
+
+    def __init__(
+        self, space: Space, layer: int, layout: ExpertLayout, hooks: RouterHooks | None
+    ) -> None:
+        self.space = space
+        self.layer = layer
+        self.layout = layout
+        self.hooks = hooks
+        self.memory = torch.from_numpy(space.memory)
+        self._views: dict[int, Views] = {}
+
+    def views(self, slot: int) -> Views:
+        """Return the weights in a slot as tensors. A slot's views never change: they are kept."""
+        views = self._views.get(slot)
+        if views is None:
+            block = self.memory[slot : slot + self.layout.nbytes]
+            views = self._views[slot] = self.layout.views(block)
+        return views
+
+    def __reduce__(self) -> Any:
+        raise TieredMemError(
+            "a model with tiered experts can't be pickled or copied; close it with "
+            "model.tiered_mem.unwrap() first, or load it again in the other process"
+        )
+
+
+class _NoBackward(torch.autograd.Function):
+    """Passes the output on, and refuses a backward pass: the weights may be gone by then."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> Any:
+        raise UnsupportedModelError(
+            "tiered experts can't be trained: their weights may have left HBM before the backward "
+            "pass; train the model unwrapped (model.tiered_mem.unwrap())"
+        )
+
+
+def tiered_forward(
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Experts function that sums like transformers' `grouped_mm`.
+
+    Takes hidden states [tokens, hidden], expert ids and router weights [tokens, k]; returns
+    [tokens, hidden]. Raises `RuntimeClosedError`, `TransferError`, `ChecksumError`.
+    """
+    return _forward(self, hidden_states, top_k_index, top_k_weights, _sum_like_grouped_mm)
+
+
+def tiered_eager_forward(
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Experts function that adds like transformers' eager loop over the experts."""
+    return _forward(self, hidden_states, top_k_index, top_k_weights, _sum_like_eager)
+
+
+def _forward(
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    sum_up: Any,
+) -> torch.Tensor:
+    if hidden_states.size(0) == 0:
+        return torch.zeros_like(hidden_states)
+    with torch.no_grad():
+        outputs = _run_experts(module, hidden_states, top_k_index)
+        if getattr(module, "has_post_expert_norm", False):
+            outputs = module.post_expert_norm(outputs)  # type: ignore[operator]
+        result = sum_up(outputs, hidden_states, top_k_index, top_k_weights)
+    if hidden_states.requires_grad:
+        return _NoBackward.apply(result, hidden_states)  # type: ignore[no-any-return, no-untyped-call]
+    return result  # type: ignore[no-any-return]
+
+
+def _run_experts(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor
+) -> torch.Tensor:
+    """Return each token's output of each of its experts, [tokens * k, hidden]."""
+    tiered: TieredExperts | None = getattr(module, "tiered", None)
+    if tiered is None:
+        raise RuntimeClosedError(
+            "this model's experts were given back by close(): load the model again to use it"
+        )
+    num_top_k = top_k_index.size(-1)
+    ids, rows = _group(top_k_index, module.num_experts)  # type: ignore[arg-type]
+    reading = tiered.space.begin(tiered.layer, ids)
+    if tiered.hooks is not None:
+        # After this layer's own reads have started, so that predicting overlaps with them.
+        tiered.hooks.on_route(tiered.layer, top_k_index)
+    outputs: torch.Tensor | None = None
+    for position, slot in reading:
+        mine = rows[position]
+        states = hidden_states if mine is None else hidden_states[mine // num_top_k]
+        output = _expert(module, tiered.views(slot), states)
+        if outputs is None:
+            outputs = output.new_zeros(top_k_index.numel(), output.size(-1))
+        # With one token the position is the row: experts are in the router's order.
+        if mine is None:
+            outputs[position] = output[0]
+        else:
+            outputs[mine] = output
+    return outputs if outputs is not None else hidden_states.repeat_interleave(num_top_k, 0) * 0
+
+
+def _group(
+    top_k_index: torch.Tensor, num_experts: int
+) -> tuple[list[int], list[torch.Tensor] | list[None]]:
+    """Return the distinct experts and, for each, the rows of [tokens * k] that it computes.
+
+    With one token whose experts are distinct a row is a position: None. Ids from `num_experts` up
+    are expert-parallel sentinels: nothing is computed for them.
+    """
+    if top_k_index.size(0) == 1:
+        ids = top_k_index[0].tolist()
+        if len(set(ids)) == len(ids) and max(ids) < num_experts:
+            return ids, [None] * len(ids)
+    order = torch.sort(top_k_index.reshape(-1), stable=True)
+    found, counts = torch.unique_consecutive(order.values, return_counts=True)
+    ids = found.tolist()
+    rows = list(order.indices.split(counts.tolist()))
+    valid = sum(i < num_experts for i in ids)
+    return ids[:valid], rows[:valid]
+
+
+def _expert(module: Any, views: Views, states: torch.Tensor) -> torch.Tensor:
+    """Apply one expert to `states`, [rows, hidden] -> [rows, hidden]."""
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    inner = _linear(module, views, first, states)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    return _linear(module, views, "down_proj", inner)
+
+
+def _linear(module: Any, views: Views, name: str, states: torch.Tensor) -> torch.Tensor:
+    weight = views[name]
+    states = states.to(weight.dtype)
+    out = states @ weight if module.is_transposed else F.linear(states, weight)
+    if module.has_bias:
+        # Apart from the product, as the stock functions do: fused, it would round differently.
+        out = out.add_(views[name + "_bias"])
+    return out
+
+
+def _sum_like_grouped_mm(
+    outputs: torch.Tensor,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    weighted = outputs * top_k_weights.reshape(-1, 1)
+    summed = weighted.view(*top_k_index.shape, -1).sum(dim=1)
+    return summed.to(hidden_states.dtype)
+
+
+def _sum_like_eager(
+    outputs: torch.Tensor,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    weighted = (outputs * top_k_weights.reshape(-1, 1)).to(hidden_states.dtype)
+    total = torch.zeros_like(hidden_states)
+    # One addition per expert in ascending order, because rounding depends on the order.
+    order = torch.sort(top_k_index.reshape(-1), stable=True)
+    _, counts = torch.unique_consecutive(order.values, return_counts=True)
+    for rows in order.indices.split(counts.tolist()):
+        total.index_add_(0, rows // top_k_index.size(-1), weighted[rows])
+    return total
+
+
+ExpertsInterface.register("tiered", tiered_forward)
+ExpertsInterface.register("tiered_eager", tiered_eager_forward)

@@ -1,0 +1,383 @@
+"""The runtime: Python plans, C++ executes.
+
+A `Runtime` is the HBM and DRAM tiers; each model on it has a `Space` of blocks that come from a
+store. One call per event crosses into C++ (`Space.begin`); from then on the I/O threads move bytes
+while Python computes on the blocks in the order they arrive.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from tiered_mem import _core
+from tiered_mem.config import Budgets, format_size, memory_to_spare
+from tiered_mem.errors import (
+    ChecksumError,
+    ConfigError,
+    RuntimeClosedError,
+    StoreError,
+    TieredMemError,
+)
+from tiered_mem.keys import BlockKey, Kind
+from tiered_mem.stats import Stats
+from tiered_mem.store import Store
+
+logger = logging.getLogger(__name__)
+
+_MAX_SPACES = 256
+_NUM_HINTS_TO_JUDGE = 256
+
+#: Fills `out` (uint8) with the bytes of a block that is damaged in the store, from their source.
+Repair = Callable[[BlockKey, npt.NDArray[np.uint8]], None]
+
+
+class Runtime:
+    """HBM and DRAM of `hbm` and `dram` bytes, shared by any number of models and threads.
+
+    `eviction` names a policy (`tiered-mem policies` lists them). Raises `ConfigError` for an
+    unknown one, `BudgetError` for budgets that can't be had.
+    """
+
+    def __init__(
+        self, hbm: int, dram: int = 0, *, eviction: str = "lru", num_io_threads: int = 4
+    ) -> None:
+        budgets = Budgets.resolve(hbm, dram, whole=0)
+        if num_io_threads < 1:
+            raise ConfigError(f"num_io_threads is {num_io_threads}; it must be at least 1")
+        self._start(budgets, eviction, num_io_threads)
+
+    @classmethod
+    def from_budgets(cls, budgets: Budgets, *, eviction: str, num_io_threads: int = 4) -> Runtime:
+        """Make a runtime whose `auto` budgets follow the memory that the machine has left."""
+        runtime = cls.__new__(cls)
+        runtime._start(budgets, eviction, num_io_threads)
+        return runtime
+
+    def _start(self, budgets: Budgets, eviction: str, num_io_threads: int) -> None:
+        self.eviction = eviction
+        self._budgets = budgets
+        self._lock = threading.Lock()
+        self._spaces: dict[int, Space] = {}
+        # Address space is reserved for growth; memory is taken only as blocks arrive.
+        total = psutil.virtual_memory().total
+        self._tiers = _core.Tiers(
+            hbm=budgets.hbm,
+            dram=budgets.dram,
+            hbm_reserved=total,
+            dram_reserved=total,
+            eviction=eviction,
+            num_io_threads=num_io_threads,
+        )
+        self._watch = _MemoryWatch(self) if budgets.auto_hbm or budgets.auto_dram else None
+
+    @property
+    def budgets(self) -> Budgets:
+        return self._budgets
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._tiers.closed)
+
+    def attach(self, store: Store, *, repair: Repair | None = None) -> Space:
+        """Put a store's blocks on the runtime. `repair` supplies a block that fails its checksum.
+
+        The store stays open as long as the space is.
+        """
+        with self._lock:
+            number = next((n for n in range(_MAX_SPACES) if n not in self._spaces), None)
+            if number is None:
+                raise ConfigError(f"a runtime holds at most {_MAX_SPACES} models; close one first")
+            space = Space(self, number, store, repair)
+            self._spaces[number] = space
+        return space
+
+    def resize(self, *, hbm: int | None = None, dram: int | None = None) -> None:
+        """Change budgets, in bytes. A shrink that pins hold up goes on as they end.
+
+        Raises `BudgetError` as for a new runtime, `RuntimeClosedError`.
+        """
+        wanted = Budgets.resolve(
+            self._budgets.hbm if hbm is None else hbm,
+            self._budgets.dram if dram is None else dram,
+            whole=0,
+        )
+        if hbm is not None:
+            self._tiers.resize_hbm(wanted.hbm)
+        if dram is not None:
+            self._tiers.resize_dram(wanted.dram)
+        self._budgets = Budgets(
+            wanted.hbm, wanted.dram, self._budgets.auto_hbm, self._budgets.auto_dram
+        )
+
+    def stats(self) -> Stats:
+        """Return the counts since the start."""
+        counted: dict[str, Any] = self._tiers.stats()
+        return Stats(**{f.name: counted[f.name] for f in fields(Stats)})
+
+    def nbytes_used(self) -> dict[str, int]:
+        """Return the bytes of slots taken in each tier."""
+        counted = self._tiers.stats()
+        return {"hbm": counted["hbm_nbytes_used"], "dram": counted["dram_nbytes_used"]}
+
+    def throttle(self, link: str, bytes_per_second: float) -> None:
+        """Slow a link down to study it; 0 lifts the limit. Raises `ConfigError` on its name."""
+        self._tiers.throttle(link, bytes_per_second)
+
+    def close(self) -> None:
+        """Cancel transfers and give the memory back. Waiting events get `RuntimeClosedError`."""
+        if self._watch is not None:
+            self._watch.stop()
+        self._tiers.close()
+        for space in list(self._spaces.values()):
+            space.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        raise TieredMemError("a runtime can't be pickled or copied: it is memory and threads")
+
+
+class Space:
+    """One model's blocks on a runtime. Made by `Runtime.attach`; safe to share between threads."""
+
+    def __init__(self, runtime: Runtime, number: int, store: Store, repair: Repair | None) -> None:
+        self.runtime = runtime
+        self._number = number
+        self._store = store
+        self._repair = repair
+        self._tiers = runtime._tiers
+        # Places are right as long as this read transaction is open.
+        self._snapshot = store.snapshot()
+        self._nbytes: dict[int, int] = {}
+        self._bases: dict[int, np.uint64] = {}
+        self._closed = False
+        self.memory = np.frombuffer(self._tiers.hbm_memory(), np.uint8)
+        keys = [BlockKey.unpack(int(key)) for key in self._snapshot.keys()]
+        for key in keys:
+            if key.layer not in self._nbytes:
+                self._nbytes[key.layer] = self._snapshot.nbytes(key)
+                base = BlockKey(key.kind, key.layer, 0, number).pack()
+                self._bases[key.layer] = np.uint64(base)
+        named = [key._replace(space=number).pack() for key in keys]
+        packed = np.array(named, np.uint64)
+        self._tiers.add_blocks(packed, self._snapshot.extents(keys))
+        layers = np.array([key.layer for key in keys])
+        self._layers = {layer: packed[layers == layer] for layer in self._nbytes}
+
+    def begin(self, layer: int, indices: Sequence[int]) -> Reading:
+        """Start an event: blocks `indices` (distinct) of `layer`. Their transfers start now.
+
+        Raises `RuntimeClosedError`, `ConfigError` for unknown blocks, `EventTooLargeError` if not
+        even one block fits.
+        """
+        return Reading(self, layer, indices)
+
+    def hint(self, layer: int, indices: Sequence[int], *, exact: bool = False) -> None:
+        """Predict the next event of `layer`, the likeliest block first. Moves nothing by itself."""
+        if len(indices) and not self._closed:
+            with suppress(RuntimeClosedError):
+                self._tiers.hint(self._keys(layer, indices), threading.get_ident(), exact)
+
+    def resident(self, layer: int, index: int) -> bool:
+        """Whether a block is in HBM and ready."""
+        return bool(self._tiers.resident(int(self._bases[layer]) | index))
+
+    def layer_resident(self, layer: int) -> bool:
+        """Whether all blocks of a layer are in HBM and ready: then no prediction can help it."""
+        keys = self._layers[layer]
+        return self._tiers.num_resident(keys) == len(keys)
+
+    def precision(self) -> dict[int, tuple[int, int, bool]]:
+        """Return, by layer, (hints of missing blocks, those that came true, prefetch is on)."""
+        own = range(self._number << 16, (self._number + 1) << 16)
+        seen = self._tiers.precision().items()
+        return {p & 0xFFFF: v for p, v in seen if p & 0xFFFFFF in own}
+
+    def prefetch_pays(self, layer: int) -> bool:
+        """Whether hints for a layer lead to transfers now, or too few have come true or not yet."""
+        num_hints, _, on = self.precision().get(layer, (0, 0, False))
+        return on or num_hints < _NUM_HINTS_TO_JUDGE
+
+    def fill(
+        self, keys: Sequence[BlockKey], progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Read blocks ahead of any event, in order, until HBM and DRAM are full.
+
+        `progress` is called with (bytes done, bytes in all).
+        """
+        budgets = self.runtime.budgets
+        room = [budgets.dram, budgets.hbm]
+        chosen: dict[int, list[int]] = {}
+        total = 0
+        for key in keys:
+            nbytes = self._nbytes[key.layer]
+            tier = next((t for t in (0, 1) if room[t] >= nbytes), None)
+            if tier is not None:
+                room[tier] -= nbytes
+                total += nbytes
+                chosen.setdefault(key.layer, []).append(key.index)
+        done = 0
+        # What comes first is pushed out of HBM into DRAM by what follows.
+        for layer, indices in chosen.items():
+            for _ in self.begin(layer, indices):
+                done += self._nbytes[layer]
+                if progress is not None:
+                    progress(done, total)
+
+    def close(self) -> None:
+        """Forget the model's blocks, once its events and transfers have ended, and its store."""
+        if self._closed:
+            return
+        self._closed = True
+        self._tiers.remove_space(self._number)
+        self.memory = np.empty(0, np.uint8)
+        self._snapshot.close()
+        with self.runtime._lock:
+            self.runtime._spaces.pop(self._number, None)
+
+    def _keys(self, layer: int, indices: Sequence[int]) -> npt.NDArray[np.uint64]:
+        if self._closed:
+            raise RuntimeClosedError("this model's blocks were given back: load it again to use it")
+        try:
+            base = self._bases[layer]
+        except KeyError:
+            raise ConfigError(f"layer {layer} has no blocks in {self._store.path}") from None
+        return np.array(indices, np.uint64) | base
+
+    def _wave_size(self, layer: int, num_blocks: int) -> int:
+        """All blocks at once if they fit; else half the slots, so that the next wave can load."""
+        limit = self._tiers.max_event(self._nbytes[layer])
+        return num_blocks if num_blocks <= limit else max(1, limit // 2)
+
+    def _mend(self, layer: int, index: int, slot: int, error: ChecksumError) -> None:
+        """Fill the slot of a block that is damaged in the store from its source."""
+        if self._repair is None:
+            raise error
+        key = BlockKey(Kind.EXPERT, layer, index)
+        logger.warning(
+            "%s: %s; reading it from its source (tiered-mem verify --repair mends the store)",
+            key,
+            error,
+        )
+        self._repair(key, self.memory[slot : slot + self._nbytes[layer]])
+
+
+class Reading:
+    """An event under way: iterate over it to get (position, slot) as the blocks arrive.
+
+    A slot (byte offset into `Space.memory`) is good until the next step of the iteration after
+    which the event's wave ends; don't keep views of it beyond the loop. An event with more blocks
+    than HBM has slots runs in waves, present blocks first, the next wave loading meanwhile.
+    """
+
+    __slots__ = ("_event", "_indices", "_keys", "_layer", "_space", "_stream", "_waves")
+
+    def __init__(self, space: Space, layer: int, indices: Sequence[int]) -> None:
+        self._space = space
+        self._layer = layer
+        self._indices = indices
+        self._keys = space._keys(layer, indices)
+        self._stream = threading.get_ident()
+        self._waves = self._plan(space._wave_size(layer, len(indices)))
+        self._event = self._acquire(self._waves[0])
+
+    def _plan(self, size: int) -> list[list[int] | None]:
+        """Return the positions of each wave; None stands for all of them."""
+        num_blocks = len(self._keys)
+        if size >= num_blocks:
+            return [None]
+        resident = self._space._tiers.resident
+        order = sorted(range(num_blocks), key=lambda p: not resident(int(self._keys[p])))
+        return [order[i : i + size] for i in range(0, num_blocks, size)]
+
+    def _acquire(self, wave: list[int] | None, wait: bool = True) -> Any:
+        keys = self._keys if wave is None else self._keys[wave]
+        return self._space._tiers.acquire(keys, self._stream, wait)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        event, waves = self._event, self._waves
+        try:
+            for number, wave in enumerate(waves):
+                if event is None:
+                    event = self._acquire(wave)
+                # Without waiting: whoever waits for slots must hold none.
+                following = waves[number + 1] if number + 1 < len(waves) else None
+                ahead = self._acquire(following, wait=False) if following else None
+                try:
+                    positions = range(len(self._keys)) if wave is None else wave
+                    yield from self._drain(event, positions)
+                finally:
+                    event.release()
+                    event = ahead
+        finally:
+            if event is not None:
+                event.release()
+
+    def _drain(self, event: Any, positions: Sequence[int]) -> Iterator[tuple[int, int]]:
+        slots = event.slots
+        left = len(slots)
+        while left:
+            ready, failed = event.wait_any()
+            for i, error in failed:
+                if not isinstance(error, ChecksumError):
+                    raise error
+                self._space._mend(self._layer, int(self._indices[positions[i]]), slots[i], error)
+                event.repaired(i)
+                ready.append(i)
+            left -= len(ready)
+            for i in ready:
+                yield positions[i], slots[i]
+
+
+class _MemoryWatch(threading.Thread):
+    """Shrinks `auto` budgets when the machine runs short of memory, DRAM before HBM."""
+
+    _EVERY_SECONDS = 1.0
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__(name="tiered-mem memory watch", daemon=True)
+        self._runtime = runtime
+        self._stopped = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._stopped.wait(self._EVERY_SECONDS):
+            with suppress(RuntimeClosedError, StoreError):
+                shrink_to_fit(self._runtime, memory_to_spare())
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+def shrink_to_fit(runtime: Runtime, spare: int) -> None:
+    """Shrink the `auto` budgets of `runtime` if they promise more than the machine has to give.
+
+    `spare` is what could still be taken now. What the tiers use already is theirs; what they may
+    yet take must not exceed `spare`.
+    """
+    budgets, used = runtime.budgets, runtime.nbytes_used()
+    excess = (budgets.hbm - used["hbm"]) + (budgets.dram - used["dram"]) - spare
+    if excess <= 0:
+        return
+    if budgets.auto_dram and budgets.dram:
+        smaller = max(0, budgets.dram - excess)
+        logger.warning("memory is short: DRAM shrinks to %s", format_size(smaller))
+        runtime.resize(dram=smaller)
+        excess -= budgets.dram - smaller
+    if budgets.auto_hbm and excess > 0:
+        smaller = max(budgets.hbm // 16, budgets.hbm - excess)
+        logger.warning("memory is short: HBM's part shrinks to %s", format_size(smaller))
+        runtime.resize(hbm=smaller)
