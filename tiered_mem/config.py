@@ -102,8 +102,8 @@ class Budgets:
         for name, nbytes in (("hbm", hbm_nbytes), ("dram", dram_nbytes)):
             if nbytes > total:
                 raise BudgetError(
-                    f"{name} is {format_size(nbytes)}, more than the {format_size(total)} of memory "
-                    "this machine has; give a smaller size, or 'auto'"
+                    f"{name} is {format_size(nbytes)}, more than the {format_size(total)} of "
+                    "memory this machine has; give a smaller size, or 'auto'"
                 )
         if hbm_nbytes + dram_nbytes > total:
             raise BudgetError(

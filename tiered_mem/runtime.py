@@ -165,17 +165,17 @@ class Space:
         self._bases: dict[int, np.uint64] = {}
         self._closed = False
         self.memory = np.frombuffer(self._tiers.hbm_memory(), np.uint8)
-        keys = [BlockKey.unpack(int(key)) for key in self._snapshot.keys()]
+        packed = self._snapshot.keys()
+        keys = [BlockKey.unpack(int(key)) for key in packed]
         for key in keys:
             if key.layer not in self._nbytes:
                 self._nbytes[key.layer] = self._snapshot.nbytes(key)
                 base = BlockKey(key.kind, key.layer, 0, number).pack()
                 self._bases[key.layer] = np.uint64(base)
-        named = [key._replace(space=number).pack() for key in keys]
-        packed = np.array(named, np.uint64)
-        self._tiers.add_blocks(packed, self._snapshot.extents(keys))
+        named = np.array([key._replace(space=number).pack() for key in keys], np.uint64)
+        self._tiers.add_blocks(named, self._snapshot.extents(keys))
         layers = np.array([key.layer for key in keys])
-        self._layers = {layer: packed[layers == layer] for layer in self._nbytes}
+        self._layers = {layer: named[layers == layer] for layer in self._nbytes}
 
     def begin(self, layer: int, indices: Sequence[int]) -> Reading:
         """Start an event: blocks `indices` (distinct) of `layer`. Their transfers start now.
