@@ -1,0 +1,343 @@
+"""Asks predictors from inside a transformers model: what its routers will choose next.
+
+Nothing here is known of any family. The norm before each block of experts (or whatever leads from
+the residual stream to it) is found by identity during the first forward: its output *is* the
+block's input. The next layer's router is then run by a `Ghost` of its block. Where that can't be
+done, next-gate is off for the layer and `RouterHooks.report` says why; the model never notices.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from tiered_mem.hf.ghost import Extra, Ghost, GhostError, Step
+from tiered_mem.policies.prefetch import Predictor
+from tiered_mem.policies.prefetch.hash_exact import TABLE, hashed_experts
+
+Hint = Callable[[int, Sequence[int], bool], None]
+
+# A layer that was judged not to pay is asked again now and then, so that it can come back.
+_JUDGE_EVERY = 16
+_PROBE_EVERY = 32
+_MAX_FAILURES = 3  # of a ghost, after which it isn't built again
+_NO_EXTRA: Extra = ((), {})
+_NOT_THERE = -1
+
+
+class _Layer:
+    """What is known of one layer's surroundings, and its ghost once there is one."""
+
+    def __init__(self, index: int, module: nn.Module) -> None:
+        self.index = index
+        self.module = module
+        self.block: nn.Module | None = None
+        self.attribute = ""  # of the block, that holds the experts
+        self.table_of: nn.Module | None = None  # the router with a token-to-expert table
+        self.steps: list[Step] | None = None  # from the residual stream to the block, once found
+        self.has_extra = False  # its block takes more than hidden states
+        self.ghost: Ghost | None = None
+        self.off = "it has not run yet"
+        self.num_failures = 0
+        self.num_events = 0
+        self.worthwhile = True
+        self.next: _Layer = self
+
+    def fail(self, reason: str) -> None:
+        self.ghost = None
+        self.num_failures += 1
+        self.off = reason
+
+    def give_up(self, reason: str) -> None:
+        self.num_failures = _MAX_FAILURES
+        self.off = reason
+
+
+class _Thread(threading.local):
+    """What this thread's forward has come by on its way to the experts."""
+
+    def __init__(self) -> None:
+        self.residual: tuple[_Layer, torch.Tensor] | None = None
+        self.extra = _NO_EXTRA
+        # Modules beside the block: with what single tensor they were called, what they returned.
+        self.calls: list[tuple[nn.Module, torch.Tensor | None, Any]] = []
+
+
+class RouterHooks:
+    """Predicts the next layer's experts whenever a router has spoken.
+
+    Args:
+        model: a transformers model.
+        experts: (name, module, layer) of its Experts modules in forward order. Modules of one
+            layer number share their weights.
+        predictor: see `tiered_mem.policies.prefetch`.
+        hint: called with (layer, ranked expert ids, exact) in the thread that generates.
+        layer_resident: says that a layer's blocks are all in HBM: nothing is predicted then.
+        worthwhile: says whether hints for a layer may still pay; asked every 16 events. One of a
+            layer that doesn't pay goes on to be predicted at every 32nd event.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        experts: Iterable[tuple[str, nn.Module, int]],
+        predictor: Predictor,
+        hint: Hint,
+        layer_resident: Callable[[int], bool] | None = None,
+        worthwhile: Callable[[int], bool] | None = None,
+    ) -> None:
+        self._predictor = predictor
+        self._hint = hint
+        self._layer_resident = layer_resident
+        self._worthwhile = worthwhile
+        self._thread = _Thread()
+        self._lock = threading.Lock()  # over ghosts in the making and handles
+        self._handles: list[RemovableHandle] = []
+        self._layers: dict[int, _Layer] = {}
+        self._closed = False
+        for name, module, index in experts:
+            if index not in self._layers:
+                self._layers[index] = _Layer(index, module)
+                self._look_around(model, name, self._layers[index])
+        in_order = list(self._layers.values())
+        for layer, following in zip(in_order, in_order[1:] + in_order[:1], strict=True):
+            layer.next = following
+        self._first = in_order[0] if in_order else None
+        self._hashed = [layer for layer in in_order if layer.table_of is not None]
+        if predictor.uses_tables and self._hashed:
+            self._watch_tokens(model)
+
+    def on_route(self, layer: int, top_k_index: torch.Tensor) -> None:
+        """Predict the layer after `layer`, whose router chose `top_k_index` [tokens, k].
+
+        Called by the experts right after they have asked for their own blocks, so that the
+        prediction overlaps their loads.
+        """
+        here = self._layers[layer]
+        following = here.next
+        residual = self._take_residual(here)
+        here.num_events += 1
+        if self._closed:
+            return
+        extra = self._thread.extra if here.has_extra else _NO_EXTRA
+        with torch.no_grad():
+            self._build_ghost(here, residual, extra, top_k_index)
+            if following.table_of is not None or not self._may_pay(here, following):
+                return
+            route = _RouteNow(self, here, residual, extra, top_k_index)
+            ranked = self._predictor.predict(route)
+        if ranked:
+            self._hint(following.index, ranked, False)
+
+    def report(self) -> dict[int, str]:
+        """Return, for each layer, how it is predicted, or why it isn't."""
+        return {index: self._report(layer) for index, layer in self._layers.items()}
+
+    def close(self) -> None:
+        """Take all hooks off the model. `on_route` does nothing from then on."""
+        self._closed = True
+        with self._lock:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+
+    # --- finding out what surrounds the experts ---
+
+    def _look_around(self, model: nn.Module, name: str, layer: _Layer) -> None:
+        path, _, layer.attribute = name.rpartition(".")
+        parent_path, _, own_name = path.rpartition(".")
+        layer.block = model.get_submodule(path)
+        if self._predictor.uses_tables:
+            owners = (m for m in layer.block.modules() if TABLE in m._buffers)
+            layer.table_of = next(owners, None)
+        if not self._predictor.looks_ahead:
+            return
+        parent = model.get_submodule(parent_path)
+        siblings = [module for module in parent.children() if module is not layer.block]
+        if isinstance(parent, nn.ModuleList) or not own_name:
+            # The "block" is a whole decoder layer: running it again would change the KV cache.
+            layer.give_up("its experts aren't in a block of their own")
+        elif any(hasattr(m, layer.attribute) for m in siblings):
+            layer.give_up("its block shares its input with another block of experts")
+        else:
+            self._watch_first_call(layer, layer.block, siblings)
+
+    def _watch_first_call(self, layer: _Layer, block: nn.Module, siblings: list[nn.Module]) -> None:
+        handles: list[RemovableHandle] = []
+        thread = self._thread
+
+        def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
+            thread.calls.append((module, args[0] if alone else None, output))
+
+        def meet(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls, thread.calls = thread.calls, []
+            with self._lock:
+                if self._closed or not handles:  # another thread was first
+                    return
+                for handle in handles:
+                    handle.remove()
+                handles.clear()
+                if not args:
+                    layer.give_up("its block takes no positional argument")
+                    return
+                layer.steps = _steps_to(args[0], calls)
+                layer.has_extra = len(args) > 1 or bool(kwargs)
+                self._watch_residual(layer, block)
+
+        handles += [m.register_forward_hook(keep, with_kwargs=True) for m in siblings]
+        handles.append(block.register_forward_pre_hook(meet, with_kwargs=True))
+        self._handles += handles
+
+    def _watch_residual(self, layer: _Layer, block: nn.Module) -> None:
+        head = layer.steps[0].module if layer.steps else block
+        self._handles.append(head.register_forward_pre_hook(self._keep_residual(layer)))
+        if layer.has_extra:
+            keep = self._keep_extra
+            self._handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
+
+    def _keep_residual(self, layer: _Layer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        thread = self._thread
+
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            thread.residual = (layer, args[0])
+
+        return keep
+
+    def _keep_extra(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._thread.extra = args[1:], kwargs
+
+    def _take_residual(self, layer: _Layer) -> torch.Tensor | None:
+        # Taken, not kept: a prefill's residual is large.
+        residual, self._thread.residual = self._thread.residual, None
+        return residual[1] if residual is not None and residual[0] is layer else None
+
+    def _build_ghost(
+        self, layer: _Layer, residual: torch.Tensor | None, extra: Extra, top_k_index: torch.Tensor
+    ) -> None:
+        """Make the ghost of a layer at its first event, which says whether the ghost is right."""
+        if layer.ghost is not None or residual is None or layer.num_failures >= _MAX_FAILURES:
+            return
+        if layer.steps is None or layer.block is None or layer.block.training:
+            return
+        with self._lock:
+            if layer.ghost is not None or layer.table_of is not None:
+                return
+            try:
+                ghost = Ghost(layer.steps, layer.block, layer.attribute)
+                ghost.calibrate(residual, extra, top_k_index)
+            except GhostError as error:
+                layer.fail(str(error))
+            else:
+                layer.ghost, layer.off = ghost, ""
+
+    # --- predicting ---
+
+    def _may_pay(self, here: _Layer, following: _Layer) -> bool:
+        if self._layer_resident is not None and self._layer_resident(following.index):
+            return False
+        if self._worthwhile is None:
+            return True
+        if here.num_events % _JUDGE_EVERY == 0:
+            following.worthwhile = self._worthwhile(following.index)
+        return following.worthwhile or here.num_events % _PROBE_EVERY == 0
+
+    def _look_ahead(
+        self, following: _Layer, residual: torch.Tensor | None, extra: Extra
+    ) -> Sequence[int]:
+        ghost = following.ghost
+        # After the last layer there is no residual stream that the first one will see.
+        if ghost is None or residual is None or following is self._first:
+            return ()
+        try:
+            ids, weights = ghost.route(residual, extra)
+        except Exception as error:
+            # The model was changed under the ghost. It is built again, from what is there then.
+            following.fail(f"its router doesn't run alone: {error!r}")
+            return ()
+        return _rank(ids, weights)
+
+    def _watch_tokens(self, model: nn.Module) -> None:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+
+        def look_up(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not args or self._closed:
+                return
+            for layer in self._hashed:
+                resident = self._layer_resident
+                if layer.table_of is None or (resident is not None and resident(layer.index)):
+                    continue
+                try:
+                    ranked = hashed_experts(getattr(layer.table_of, TABLE), args[0])
+                except (IndexError, RuntimeError):
+                    return  # not token ids of this model: its own embedding says so next
+                self._hint(layer.index, ranked, True)
+
+        self._handles.append(embedding.register_forward_pre_hook(look_up))
+
+    def _report(self, layer: _Layer) -> str:
+        if layer.table_of is not None:
+            return "exact, from token ids"
+        if not self._predictor.looks_ahead:
+            return str(self._predictor.name)
+        if layer is self._first:
+            return "off: no layer comes before it"
+        if layer.ghost is None:
+            return f"off: {layer.off}"
+        return f"{self._predictor.name}, {layer.ghost.num_ranked} experts ranked"
+
+
+class _RouteNow:
+    """One router's decision: the `Route` that predictors see."""
+
+    def __init__(
+        self,
+        hooks: RouterHooks,
+        here: _Layer,
+        residual: torch.Tensor | None,
+        extra: Extra,
+        top_k_index: torch.Tensor,
+    ) -> None:
+        self.layer, self.next_layer = here.index, here.next.index
+        self._hooks, self._following = hooks, here.next
+        self._residual, self._extra, self._top_k_index = residual, extra, top_k_index
+
+    def experts(self) -> Sequence[int]:
+        ids = self._top_k_index
+        return ids[0].tolist() if ids.shape[0] == 1 else _rank(ids, torch.ones_like(ids))
+
+    def look_ahead(self) -> Sequence[int]:
+        return self._hooks._look_ahead(self._following, self._residual, self._extra)
+
+
+def _steps_to(
+    tensor: torch.Tensor, calls: list[tuple[nn.Module, torch.Tensor | None, Any]]
+) -> list[Step]:
+    """The modules, each called with one tensor alone, that made `tensor` one from another.
+
+    Such a module keeps no cache, so it may be called again. Two of them follow each other where
+    the residual has several streams: one that joins them, and the norm.
+    """
+    steps: list[Step] = []
+    for module, given, output in reversed(calls):
+        elements = enumerate(output) if isinstance(output, tuple) else [(None, output)]
+        element = next((i for i, made in elements if made is tensor), _NOT_THERE)
+        if given is not None and element is not _NOT_THERE:
+            steps.insert(0, Step(module, element))
+            tensor = given
+    return steps
+
+
+def _rank(ids: torch.Tensor, weights: torch.Tensor) -> list[int]:
+    """Distinct ids, those with the most weight over all tokens first."""
+    if ids.shape[0] == 1:
+        pairs = zip(weights[0].tolist(), ids[0].tolist(), strict=True)
+        return [index for _, index in sorted(pairs, reverse=True)]
+    total = ids.reshape(-1).bincount(weights.reshape(-1).double())
+    ranked: list[int] = total.argsort(descending=True)[: int((total > 0).sum())].tolist()
+    return ranked
