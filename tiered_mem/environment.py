@@ -105,7 +105,8 @@ class Environment:
     def open(cls, directory: Path) -> Environment:
         """Return the environment of an existing store, to read."""
         with cls._shared_lock:
-            identity = _identity(directory)
+            with named_errors(directory):
+                identity = _identity(directory)
             if identity is None:
                 raise StoreError(f"no store at {directory}: make one with `tiered-mem pack`")
             if identity not in cls._shared:
@@ -231,7 +232,7 @@ def named_errors(directory: Path, written_nbytes: int = 0) -> Iterator[None]:
         if code in _FULL or (code == errno.EIO and _free_nbytes(directory) < written_nbytes):
             raise StoreFullError(f"the disk under {directory} is full: {error}") from error
         if code in _READ_ONLY or isinstance(error, lmdb.ReadonlyError):
-            raise StoreReadOnlyError(f"{directory} can't be written: {error}") from error
+            raise StoreReadOnlyError(f"{directory} doesn't allow this access: {error}") from error
         raise StoreError(f"{directory}: {error}") from error
 
 

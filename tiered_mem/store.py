@@ -287,7 +287,8 @@ class Transaction:
         address = np.frombuffer(value, np.uint8).ctypes.data - PAGE_HEADER_NBYTES
         header = ctypes.string_at(address, PAGE_HEADER_NBYTES)
         page, _, flags, num_pages = _PAGE_HEADER.unpack(header)
-        if not flags & _OVERFLOW_FLAG or num_pages != self._pages_of(nbytes):
+        # A value rewritten within its transaction keeps the pages it has if they are enough.
+        if not flags & _OVERFLOW_FLAG or num_pages < self._pages_of(nbytes):
             raise StoreError(
                 f"LMDB {lmdb.version()} lays out its pages in an unknown way: install lmdb 3.0"
             )
@@ -378,7 +379,11 @@ class Snapshot:
     def close(self) -> None:
         """End the snapshot; its extents must not be read any more. Closing twice is fine."""
         with self._lock:
-            self._on_end(self)
+            if self._closed:
+                return
+            self._closed = True
+            self._environment.end_read(self._txn)
+        self._on_end(self)
 
     def __enter__(self) -> Snapshot:
         return self
@@ -418,6 +423,8 @@ def _verify(snapshot: Snapshot, progress: Callable[[int, int], None] | None) -> 
 
 def _pack_key(key: BlockKey | int) -> bytes:
     packed = key.pack() if isinstance(key, BlockKey) else int(key)
+    if BlockKey.unpack(packed).space != 0:
+        raise ConfigError(f"{_name(key)} carries a space: keys of a store have space 0")
     return packed.to_bytes(8, "big")  # so that LMDB sorts keys as numbers
 
 
