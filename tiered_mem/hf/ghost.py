@@ -6,6 +6,7 @@ nothing else. Its experts are a recorder that takes what the router chose and le
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -21,6 +22,7 @@ _TOP_K_NAMES = (
     "moe_k",
     "num_experts_per_tok",
     "num_experts_per_token",
+    "top_k_experts",
 )
 
 
@@ -58,6 +60,24 @@ class _Skip(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
+
+
+class RouterBlock(nn.Module):
+    """Stands for the block that a router and its experts lack: the decoder layer calls them.
+
+    `ids` and `weights` say which elements of the router's output go to the experts.
+    """
+
+    def __init__(
+        self, router: nn.Module, experts: nn.Module, ids: int | None, weights: int | None
+    ) -> None:
+        super().__init__()
+        self.router, self.experts = router, experts
+        self._ids, self._weights = ids, weights
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        chosen = self.router(hidden_states)
+        return self.experts(hidden_states, chosen[self._ids], chosen[self._weights])
 
 
 class Ghost:
@@ -144,9 +164,10 @@ class Ghost:
         wide = min(2 * k, num_experts) if isinstance(num_experts, int) else 2 * k
         self._block = _shadow(narrow, {self._experts: narrow.get_submodule(self._experts)})
         for module in self._block.modules():
-            for name in _TOP_K_NAMES:
-                if module.__dict__.get(name) == k:
-                    module.__dict__[name] = wide
+            _replace_top_k(module.__dict__, k, wide)
+            if "config" in module.__dict__:  # read at each call by some routers
+                config = module.__dict__["config"] = copy.copy(module.__dict__["config"])
+                _replace_top_k(config.__dict__, k, wide)
         try:
             ids, _ = self.route(residual, extra)
             is_wide = ids.shape == (*top_k_index.shape[:-1], wide)
@@ -177,6 +198,12 @@ def _shadow(module: nn.Module, replace: dict[str, nn.Module] | None = None) -> n
     }
     shadow.__dict__.update(state)
     return shadow
+
+
+def _replace_top_k(attributes: dict[str, Any], k: int, wide: int) -> None:
+    for name in _TOP_K_NAMES:
+        if attributes.get(name) == k:
+            attributes[name] = wide
 
 
 def _same_choice(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from tiered_mem.hf.ghost import Extra, Ghost, GhostError, Step
+from tiered_mem.hf.ghost import Extra, Ghost, GhostError, RouterBlock, Step
 from tiered_mem.policies.prefetch import Predictor
 from tiered_mem.policies.prefetch.hash_exact import TABLE, hashed_experts
 
@@ -33,11 +33,11 @@ _NOT_THERE = -1
 class _Layer:
     """What is known of one layer's surroundings, and its ghost once there is one."""
 
-    def __init__(self, index: int, module: nn.Module) -> None:
+    def __init__(self, index: int, module: nn.Module, block: nn.Module, attribute: str) -> None:
         self.index = index
         self.module = module
-        self.block: nn.Module | None = None
-        self.attribute = ""  # of the block, that holds the experts
+        self.block = block
+        self.attribute = attribute  # of the block, that holds the experts
         self.table_of: nn.Module | None = None  # the router with a token-to-expert table
         self.steps: list[Step] | None = None  # from the residual stream to the block, once found
         self.has_extra = False  # its block takes more than hidden states
@@ -58,14 +58,28 @@ class _Layer:
         self.off = reason
 
 
+class _Call(NamedTuple):
+    """A module that was called, with what single tensor (None: with more), what it returned."""
+
+    module: nn.Module
+    given: torch.Tensor | None
+    output: Any
+
+    def find(self, tensor: torch.Tensor) -> int | None:
+        """Where in the output a tensor is: None if it is the output, `_NOT_THERE` if nowhere."""
+        if self.output is tensor:
+            return None
+        elements = self.output if isinstance(self.output, tuple) else ()
+        return next((i for i, made in enumerate(elements) if made is tensor), _NOT_THERE)
+
+
 class _Thread(threading.local):
     """What this thread's forward has come by on its way to the experts."""
 
     def __init__(self) -> None:
         self.residual: tuple[_Layer, torch.Tensor] | None = None
         self.extra = _NO_EXTRA
-        # Modules beside the block: with what single tensor they were called, what they returned.
-        self.calls: list[tuple[nn.Module, torch.Tensor | None, Any]] = []
+        self.calls: list[_Call] = []
 
 
 class RouterHooks:
@@ -102,8 +116,10 @@ class RouterHooks:
         self._closed = False
         for name, module, index in experts:
             if index not in self._layers:
-                self._layers[index] = _Layer(index, module)
-                self._look_around(model, name, self._layers[index])
+                path, _, attribute = name.rpartition(".")
+                layer = _Layer(index, module, model.get_submodule(path), attribute)
+                self._layers[index] = layer
+                self._look_around(model.get_submodule(path.rpartition(".")[0]), layer)
         in_order = list(self._layers.values())
         for layer, following in zip(in_order, in_order[1:] + in_order[:1], strict=True):
             layer.next = following
@@ -148,34 +164,39 @@ class RouterHooks:
 
     # --- finding out what surrounds the experts ---
 
-    def _look_around(self, model: nn.Module, name: str, layer: _Layer) -> None:
-        path, _, layer.attribute = name.rpartition(".")
-        parent_path, _, own_name = path.rpartition(".")
-        layer.block = model.get_submodule(path)
+    def _look_around(self, parent: nn.Module, layer: _Layer) -> None:
+        block = layer.block
         if self._predictor.uses_tables:
-            owners = (m for m in layer.block.modules() if TABLE in m._buffers)
+            owners = (m for m in block.modules() if TABLE in m._buffers)
             layer.table_of = next(owners, None)
         if not self._predictor.looks_ahead:
             return
-        parent = model.get_submodule(parent_path)
-        siblings = [module for module in parent.children() if module is not layer.block]
-        if isinstance(parent, nn.ModuleList) or not own_name:
-            # The "block" is a whole decoder layer: running it again would change the KV cache.
-            layer.give_up("its experts aren't in a block of their own")
-        elif any(hasattr(m, layer.attribute) for m in siblings):
+        if isinstance(parent, nn.ModuleList):
+            # The decoder layer itself calls the experts. It can't be run again: it has a KV cache.
+            beside = [module for module in block.children() if module is not layer.module]
+            self._watch_first_call(layer, beside, layer.module, self._meet_experts)
+        elif any(hasattr(m, layer.attribute) for m in parent.children() if m is not block):
             layer.give_up("its block shares its input with another block of experts")
         else:
-            self._watch_first_call(layer, layer.block, siblings)
+            beside = [module for module in parent.children() if module is not block]
+            self._watch_first_call(layer, beside, block, self._meet_block)
 
-    def _watch_first_call(self, layer: _Layer, block: nn.Module, siblings: list[nn.Module]) -> None:
+    def _watch_first_call(
+        self,
+        layer: _Layer,
+        beside: list[nn.Module],
+        target: nn.Module,
+        meet: Callable[[_Layer, tuple[Any, ...], dict[str, Any], list[_Call]], None],
+    ) -> None:
+        """Call `meet` once, when `target` is first called, with the calls that led there."""
         handles: list[RemovableHandle] = []
         thread = self._thread
 
         def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             alone = len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor)
-            thread.calls.append((module, args[0] if alone else None, output))
+            thread.calls.append(_Call(module, args[0] if alone else None, output))
 
-        def meet(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def arrive(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls, thread.calls = thread.calls, []
             with self._lock:
                 if self._closed or not handles:  # another thread was first
@@ -183,23 +204,43 @@ class RouterHooks:
                 for handle in handles:
                     handle.remove()
                 handles.clear()
-                if not args:
-                    layer.give_up("its block takes no positional argument")
-                    return
-                layer.steps = _steps_to(args[0], calls)
-                layer.has_extra = len(args) > 1 or bool(kwargs)
-                self._watch_residual(layer, block)
+                meet(layer, args, kwargs, calls)
 
-        handles += [m.register_forward_hook(keep, with_kwargs=True) for m in siblings]
-        handles.append(block.register_forward_pre_hook(meet, with_kwargs=True))
+        handles += [m.register_forward_hook(keep, with_kwargs=True) for m in beside]
+        handles.append(target.register_forward_pre_hook(arrive, with_kwargs=True))
         self._handles += handles
 
-    def _watch_residual(self, layer: _Layer, block: nn.Module) -> None:
-        head = layer.steps[0].module if layer.steps else block
-        self._handles.append(head.register_forward_pre_hook(self._keep_residual(layer)))
+    def _meet_block(
+        self, layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any], calls: list[_Call]
+    ) -> None:
+        if not args:
+            layer.give_up("its block takes no positional argument")
+            return
+        layer.has_extra = len(args) > 1 or bool(kwargs)
+        self._watch_residual(layer, _steps_to(args[0], calls), layer.block)
         if layer.has_extra:
             keep = self._keep_extra
-            self._handles.append(block.register_forward_pre_hook(keep, with_kwargs=True))
+            self._handles.append(layer.block.register_forward_pre_hook(keep, with_kwargs=True))
+
+    def _meet_experts(
+        self, layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any], calls: list[_Call]
+    ) -> None:
+        if len(args) < 3:
+            layer.give_up("its experts take no positional arguments")
+            return
+        for call in calls:
+            ids, weights = (call.find(tensor) for tensor in args[1:3])
+            if call.given is not None and _NOT_THERE not in (ids, weights):
+                layer.block = RouterBlock(call.module, layer.module, ids, weights)
+                layer.attribute = "experts"
+                self._watch_residual(layer, _steps_to(call.given, calls), call.module)
+                return
+        layer.give_up("no router beside its experts has what they were called with")
+
+    def _watch_residual(self, layer: _Layer, steps: list[Step], last: nn.Module) -> None:
+        layer.steps = steps
+        head = steps[0].module if steps else last
+        self._handles.append(head.register_forward_pre_hook(self._keep_residual(layer)))
 
     def _keep_residual(self, layer: _Layer) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         thread = self._thread
@@ -214,6 +255,7 @@ class RouterHooks:
 
     def _take_residual(self, layer: _Layer) -> torch.Tensor | None:
         # Taken, not kept: a prefill's residual is large.
+        self._thread.calls.clear()
         residual, self._thread.residual = self._thread.residual, None
         return residual[1] if residual is not None and residual[0] is layer else None
 
@@ -223,7 +265,7 @@ class RouterHooks:
         """Make the ghost of a layer at its first event, which says whether the ghost is right."""
         if layer.ghost is not None or residual is None or layer.num_failures >= _MAX_FAILURES:
             return
-        if layer.steps is None or layer.block is None or layer.block.training:
+        if layer.steps is None or layer.module.training:
             return
         with self._lock:
             if layer.ghost is not None or layer.table_of is not None:
@@ -315,21 +357,18 @@ class _RouteNow:
         return self._hooks._look_ahead(self._following, self._residual, self._extra)
 
 
-def _steps_to(
-    tensor: torch.Tensor, calls: list[tuple[nn.Module, torch.Tensor | None, Any]]
-) -> list[Step]:
+def _steps_to(tensor: torch.Tensor, calls: list[_Call]) -> list[Step]:
     """The modules, each called with one tensor alone, that made `tensor` one from another.
 
     Such a module keeps no cache, so it may be called again. Two of them follow each other where
     the residual has several streams: one that joins them, and the norm.
     """
     steps: list[Step] = []
-    for module, given, output in reversed(calls):
-        elements = enumerate(output) if isinstance(output, tuple) else [(None, output)]
-        element = next((i for i, made in elements if made is tensor), _NOT_THERE)
-        if given is not None and element is not _NOT_THERE:
-            steps.insert(0, Step(module, element))
-            tensor = given
+    for call in reversed(calls):
+        element = call.find(tensor)
+        if call.given is not None and element != _NOT_THERE:
+            steps.insert(0, Step(call.module, element))
+            tensor = call.given
     return steps
 
 
@@ -338,6 +377,7 @@ def _rank(ids: torch.Tensor, weights: torch.Tensor) -> list[int]:
     if ids.shape[0] == 1:
         pairs = zip(weights[0].tolist(), ids[0].tolist(), strict=True)
         return [index for _, index in sorted(pairs, reverse=True)]
-    total = ids.reshape(-1).bincount(weights.reshape(-1).double())
-    ranked: list[int] = total.argsort(descending=True)[: int((total > 0).sum())].tolist()
+    flat = ids.reshape(-1)
+    order = flat.bincount(weights.reshape(-1).double()).argsort(descending=True)
+    ranked: list[int] = order[flat.bincount()[order] > 0].tolist()
     return ranked
