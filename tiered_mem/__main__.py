@@ -1,0 +1,5 @@
+"""`python -m tiered_mem` is the `tiered-mem` command."""
+
+from tiered_mem.cli import main
+
+main()

@@ -1,0 +1,330 @@
+"""What a machine offers the tiers (memory, links, filesystem, budgets), and how a store is.
+
+The links are measured the way the runtime uses them: reads go through its own reader, checksums
+included, copies from host memory to host memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from tiered_mem import _core
+from tiered_mem.config import format_size, memory_to_spare
+from tiered_mem.errors import ConfigError, StoreError, StoreFullError
+from tiered_mem.keys import BlockKey, Kind
+from tiered_mem.store import Store
+
+PROBE_NBYTES = 256 << 20
+_BLOCK_NBYTES = 4 << 20
+_NUM_READERS = 4
+_LOCK_NBYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Link:
+    """A way between two tiers and what it was measured to carry."""
+
+    name: str
+    method: str
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Filesystem:
+    """Where a store would lie."""
+
+    path: str
+    kind: str
+    device: str
+    free_nbytes: int
+    direct_io: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Host memory. `lock_limit` is None where a process may lock any amount."""
+
+    total_nbytes: int
+    available_nbytes: int
+    spare_nbytes: int
+    lock_limit: int | None
+    can_lock: bool
+    huge_pages: str
+
+
+@dataclass(frozen=True)
+class WorkingSet:
+    """What a model asks of the budgets, in bytes.
+
+    `event_nbytes` is the largest event of one token (top-k experts of a layer), `cycle_nbytes` what
+    one token needs in all layers: below it a global LRU hits next to nothing.
+    """
+
+    experts_nbytes: int
+    cycle_nbytes: int
+    event_nbytes: int
+
+
+@dataclass(frozen=True)
+class StoreHealth:
+    """What a store holds and lacks. `missing` is what an unfinished pack has yet to write."""
+
+    num_blocks: int
+    nbytes: int
+    damaged: list[BlockKey]
+    missing: list[BlockKey]
+
+    @property
+    def sound(self) -> bool:
+        return not self.damaged and not self.missing
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Budgets for this machine, as `tiered_mem.from_pretrained` takes them, and why."""
+
+    hbm: str
+    dram: str
+    why: str
+
+
+def find_devices() -> list[str]:
+    """Return the names of the CUDA devices that torch sees."""
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def examine_memory() -> Memory:
+    """Return what host memory there is and whether it can be pinned."""
+    memory = psutil.virtual_memory()
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return Memory(
+        total_nbytes=memory.total,
+        available_nbytes=memory.available,
+        spare_nbytes=memory_to_spare(),
+        lock_limit=None if limit == resource.RLIM_INFINITY else limit,
+        can_lock=_can_lock(_LOCK_NBYTES),
+        huge_pages=_huge_pages(),
+    )
+
+
+def examine_filesystem(directory: str | os.PathLike[str]) -> Filesystem:
+    """Return what kind of filesystem `directory` is on. Raises `ConfigError` if there is none."""
+    path = _require_directory(directory)
+    mounts = [p for p in psutil.disk_partitions(all=True) if path.is_relative_to(p.mountpoint)]
+    mount = max(mounts, key=lambda p: len(p.mountpoint), default=None)
+    with _probe_file(path) as probe:
+        direct = _core.File(str(probe)).direct
+    return Filesystem(
+        path=str(path),
+        kind=mount.fstype if mount else "unknown",
+        device=mount.device if mount else "unknown",
+        free_nbytes=psutil.disk_usage(str(path)).free,
+        direct_io=direct,
+    )
+
+
+def measure_links(
+    directory: str | os.PathLike[str], *, nbytes: int = PROBE_NBYTES
+) -> Iterator[Link]:
+    """Yield each link as it is measured, with a file of `nbytes` in `directory` that is removed.
+
+    What was written just now may still be in a cache of the disk or of the host under a virtual
+    one, so reads of blocks written long ago can be slower.
+
+    Raises `ConfigError` if `directory` is none, `StoreFullError` if it lacks the room, `StoreError`
+    if it can't be written.
+    """
+    path = _require_directory(directory)
+    num_blocks = max(1, nbytes // _BLOCK_NBYTES)
+    free = psutil.disk_usage(str(path)).free
+    if free < num_blocks * _BLOCK_NBYTES:
+        raise StoreFullError(
+            f"measuring takes {format_size(num_blocks * _BLOCK_NBYTES)} in {path}, which has "
+            f"{format_size(free)} left: name another directory"
+        )
+    yield Link("DRAM to HBM", "memcpy", _measure_copy())
+    block = _page_aligned(_BLOCK_NBYTES)
+    block[:] = os.urandom(_BLOCK_NBYTES)
+    with _probe_file(path) as probe:
+        file = _core.File(str(probe))
+        yield _measure_write(file, block, num_blocks)
+        extents = _extents(file, block, num_blocks)
+        method = "O_DIRECT read" if file.direct else "read through the page cache"
+        for num_readers in (1, _NUM_READERS):
+            rate = _measure_read(extents, num_readers)
+            readers = "1 reader" if num_readers == 1 else f"{num_readers} readers"
+            yield Link("NVMe to HBM", f"{method}, {readers}", rate)
+
+
+def examine_checkpoint(path_or_id: str | os.PathLike[str]) -> WorkingSet:
+    """Return what a checkpoint asks of the budgets, from its config and file headers.
+
+    Raises what `Checkpoint.open` raises.
+    """
+    from tiered_mem.hf.checkpoint import Checkpoint
+    from tiered_mem.hf.wrap import _cycle_nbytes, _top_k
+
+    with Checkpoint.open(path_or_id) as checkpoint:
+        layouts, top_k = checkpoint.layouts, _top_k(checkpoint.config)
+    return WorkingSet(
+        experts_nbytes=sum(layout.num_experts * layout.slot_nbytes for layout in layouts),
+        cycle_nbytes=_cycle_nbytes(layouts, top_k),
+        event_nbytes=max(layout.slot_nbytes for layout in layouts) * (top_k or 1),
+    )
+
+
+def examine_store(
+    path: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None
+) -> StoreHealth:
+    """Read every block of the store at `path`. `progress` gets (bytes done, bytes in all).
+
+    Raises what `Store.open` raises.
+    """
+    with Store.open(path) as store:
+        damaged = store.verify(progress)
+        layouts = store.metadata.get("experts", {}).get("layouts", [])
+        with store.snapshot() as snapshot:
+            present = set(snapshot.keys().tolist())
+            sound = present - {key.pack() for key in damaged}
+            nbytes = sum(snapshot.nbytes(key) for key in sound)
+    promised = [
+        BlockKey(Kind.EXPERT, layer, index)
+        for layer, layout in enumerate(layouts)
+        for index in range(layout["num_experts"])
+    ]
+    missing = [key for key in promised if key.pack() not in present]
+    return StoreHealth(len(present), nbytes, damaged, missing)
+
+
+def advise(spare_nbytes: int, working_set: WorkingSet | None = None) -> Advice:
+    """Return budgets for a machine whose device is host memory, with `spare_nbytes` to give.
+
+    There both tiers would be the same memory, so a DRAM tier would only add copies.
+    """
+    one_memory = "without a GPU both tiers are host memory, and a DRAM tier only adds copies"
+    if working_set is None:
+        return Advice(_whole_mib(spare_nbytes), "0", f"what is spare; {one_memory}")
+    hbm = _whole_mib(min(spare_nbytes, working_set.experts_nbytes), round_up=True)
+    if spare_nbytes >= working_set.experts_nbytes:
+        return Advice(hbm, "0", f"every expert fits; {one_memory}")
+    hbm = _whole_mib(spare_nbytes)
+    if spare_nbytes >= working_set.cycle_nbytes:
+        return Advice(hbm, "0", f"what is spare, above one token's cycle; {one_memory}")
+    if spare_nbytes >= working_set.event_nbytes:
+        why = "below one token's cycle: expect few hits, and use eviction per-layer(lru)"
+        return Advice(hbm, "0", why)
+    needed = format_size(working_set.event_nbytes)
+    return Advice(hbm, "0", f"too little: one layer of one token needs {needed}; free some memory")
+
+
+def _whole_mib(nbytes: int, *, round_up: bool = False) -> str:
+    return f"{(nbytes + (round_up and (1 << 20) - 1)) >> 20}MiB"
+
+
+def _require_directory(directory: str | os.PathLike[str]) -> Path:
+    path = Path(directory).resolve()
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a directory: name one on the disk that a store would use")
+    return path
+
+
+@contextmanager
+def _probe_file(directory: Path) -> Iterator[Path]:
+    try:
+        fd, name = tempfile.mkstemp(prefix=".tiered-mem-doctor-", dir=directory)
+    except OSError as error:
+        raise StoreError(f"{directory} can't be written: {error.strerror}") from error
+    try:
+        os.pwrite(fd, bytes(_core.IO_ALIGNMENT), 0)  # O_DIRECT is tried out on its first bytes
+        yield Path(name)
+    except OSError as error:
+        raise StoreError(f"{directory} can't be written: {error.strerror}") from error
+    finally:
+        os.close(fd)
+        os.unlink(name)
+
+
+def _can_lock(nbytes: int) -> bool:
+    """Try it: capabilities and cgroups decide as well as the limit does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    memory = _page_aligned(nbytes)
+    address = ctypes.byref(ctypes.c_char.from_buffer(memory))
+    size = ctypes.c_size_t(nbytes)
+    if libc.mlock(address, size) != 0:
+        return False
+    libc.munlock(address, size)
+    return True
+
+
+def _huge_pages() -> str:
+    """Return the kernel's setting for transparent huge pages: always, madvise, never or unknown."""
+    try:
+        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "unknown"
+    return modes.partition("[")[2].partition("]")[0] or "unknown"
+
+
+def _page_aligned(nbytes: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, nbytes))
+
+
+def _measure_copy() -> float:
+    """Copy between buffers far larger than the caches; the median of a few rounds."""
+    source, target = np.ones(_LOCK_NBYTES, np.uint8), np.ones(_LOCK_NBYTES, np.uint8)
+    seconds = []
+    for _ in range(9):
+        started = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - started)
+    return _LOCK_NBYTES / sorted(seconds)[len(seconds) // 2]
+
+
+def _measure_write(file: _core.File, block: memoryview, num_blocks: int) -> Link:
+    fd = os.open(file.path, os.O_WRONLY | (os.O_DIRECT if file.direct else 0))
+    try:
+        started = time.perf_counter()
+        for i in range(num_blocks):
+            os.pwrite(fd, block, i * block.nbytes)
+        os.fsync(fd)
+        seconds = time.perf_counter() - started
+    finally:
+        os.close(fd)
+    method = "O_DIRECT write" if file.direct else "write through the page cache"
+    return Link("DRAM to NVMe", method, num_blocks * block.nbytes / seconds)
+
+
+def _extents(file: _core.File, block: memoryview, num_blocks: int) -> list[_core.Extent]:
+    chunks = [block[i : i + _core.CHUNK_NBYTES] for i in range(0, block.nbytes, _core.CHUNK_NBYTES)]
+    table = np.array([(c.nbytes, c.nbytes, _core.crc32c(c)) for c in chunks], np.uint32)
+    return [_core.Extent(file, 0, block.nbytes, i * block.nbytes, table) for i in range(num_blocks)]
+
+
+def _measure_read(extents: list[_core.Extent], num_readers: int) -> float:
+    """Read all blocks once, in random order, each reader its share."""
+    order = np.random.default_rng(0).permutation(len(extents))
+
+    def read(first: int) -> None:
+        out = _page_aligned(_BLOCK_NBYTES)
+        for i in order[first::num_readers]:
+            _core.read_block(extents[i], out)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(num_readers) as pool:
+        list(pool.map(read, range(num_readers)))
+    return len(extents) * _BLOCK_NBYTES / (time.perf_counter() - started)
