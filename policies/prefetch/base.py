@@ -40,6 +40,8 @@ class Predictor(ABC):
     """Where the algorithm comes from."""
     uses_tables: ClassVar[bool] = True
     """Whether layers that route by token id are predicted exactly, whatever else it does."""
+    follows_routes: ClassVar[bool] = True
+    """Whether `predict` ever says anything."""
     looks_ahead: ClassVar[bool] = False
     """Whether it calls `Route.look_ahead`."""
 

@@ -14,6 +14,7 @@ class NoPrefetch(Predictor):
     summary = "no prefetch: every block moves on demand"
     source = "the baseline"
     uses_tables = False
+    follows_routes = False
 
     def predict(self, route: Route) -> Sequence[int]:
         """Return nothing."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -134,21 +135,20 @@ class RouterHooks:
         Called by the experts right after they have asked for their own blocks, so that the
         prediction overlaps their loads.
         """
-        here = self._layers[layer]
-        following = here.next
-        residual = self._take_residual(here)
-        here.num_events += 1
-        if self._closed:
+        if self._closed or not self._predictor.follows_routes:
             return
+        here = self._layers[layer]
+        here.num_events += 1
+        residual = self._take_residual(here)
         extra = self._thread.extra if here.has_extra else _NO_EXTRA
-        with torch.no_grad():
-            self._build_ghost(here, residual, extra, top_k_index)
-            if following.table_of is not None or not self._may_pay(here, following):
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            if here.ghost is None:
+                self._build_ghost(here, residual, extra, top_k_index)
+            if not self._may_pay(here, here.next):
                 return
-            route = _RouteNow(self, here, residual, extra, top_k_index)
-            ranked = self._predictor.predict(route)
+            ranked = self._predictor.predict(_RouteNow(self, here, residual, extra, top_k_index))
         if ranked:
-            self._hint(following.index, ranked, False)
+            self._hint(here.next.index, ranked, False)
 
     def report(self) -> dict[int, str]:
         """Return, for each layer, how it is predicted, or why it isn't."""
@@ -281,6 +281,8 @@ class RouterHooks:
     # --- predicting ---
 
     def _may_pay(self, here: _Layer, following: _Layer) -> bool:
+        if following.table_of is not None:  # predicted already, from token ids
+            return False
         if self._layer_resident is not None and self._layer_resident(following.index):
             return False
         if self._worthwhile is None:
@@ -351,7 +353,7 @@ class _RouteNow:
 
     def experts(self) -> Sequence[int]:
         ids = self._top_k_index
-        return ids[0].tolist() if ids.shape[0] == 1 else _rank(ids, torch.ones_like(ids))
+        return ids.tolist()[0] if ids.shape[0] == 1 else _rank(ids, torch.ones_like(ids))
 
     def look_ahead(self) -> Sequence[int]:
         return self._hooks._look_ahead(self._following, self._residual, self._extra)
@@ -375,7 +377,7 @@ def _steps_to(tensor: torch.Tensor, calls: list[_Call]) -> list[Step]:
 def _rank(ids: torch.Tensor, weights: torch.Tensor) -> list[int]:
     """Distinct ids, those with the most weight over all tokens first."""
     if ids.shape[0] == 1:
-        pairs = zip(weights[0].tolist(), ids[0].tolist(), strict=True)
+        pairs = zip(weights.tolist()[0], ids.tolist()[0], strict=True)
         return [index for _, index in sorted(pairs, reverse=True)]
     flat = ids.reshape(-1)
     order = flat.bincount(weights.reshape(-1).double()).argsort(descending=True)
