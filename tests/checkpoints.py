@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,9 @@ def quantise_mxfp4(folder: Path) -> None:
     kept = ["lm_head", "router", "self_attn", "embed_tokens"]
     quantization = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
     edit_config(folder, dtype="bfloat16", quantization_config=quantization)
+
+
+def memory_nbytes(field: str) -> int:
+    """What /proc/self/status says: VmHWM, the largest resident size so far, RssAnon, ..."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", status).group(1))  # type: ignore[union-attr]

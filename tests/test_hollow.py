@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,25 +105,19 @@ def test_nothing_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert [record.message for record in caplog.records] == []
 
 
-def peak_nbytes() -> int:
-    """The largest resident size so far, file-backed pages included."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))  # type: ignore[union-attr]
-
-
 def test_experts_take_no_memory_and_are_not_read(tmp_path: Path) -> None:
     config = families.tiny_config("mixtral")
     config.hidden_size, config.intermediate_size, config.num_local_experts = 256, 1024, 16
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)  # 150 MB of experts
     AutoModelForCausalLM.from_pretrained(checkpoints.save("mixtral", tmp_path / "small"))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = peak_nbytes()
+    before = checkpoints.memory_nbytes("VmHWM")
     with hollow_experts() as loaded:
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
     others = sum(parameter.nbytes for parameter in model.parameters())
     assert loaded[0].nbytes > 90 << 20
     # Twice: the file's pages and the copy made of them. Of the experts, not a tenth.
-    assert peak_nbytes() - before < 2 * others + loaded[0].nbytes // 10
+    assert checkpoints.memory_nbytes("VmHWM") - before < 2 * others + loaded[0].nbytes // 10
 
 
 # --- scope ---
