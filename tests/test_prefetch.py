@@ -10,13 +10,13 @@ from typing import Any
 import families
 import pytest
 import torch
+from tiered_mem.policies.prefetch import list_predictors, make_predictor
 from torch import nn
 from transformers import PreTrainedModel
 
 from tiered_mem.errors import ConfigError
 from tiered_mem.hf.detect import find_experts
 from tiered_mem.hf.prefetch import RouterHooks
-from tiered_mem.policies.prefetch import list_predictors, make_predictor
 
 TAKING_PART = [name for name in families.families() if name not in families.LEFT_OUT]
 # Families whose next gate can't be run early, and why.
@@ -88,7 +88,7 @@ def test_predictors_are_listed_and_made_by_name() -> None:
 
 
 def test_an_unknown_predictor_is_refused_with_the_choices() -> None:
-    with pytest.raises(ConfigError, match="'oracle'.*hash-exact, next-gate, none, previous-token"):
+    with pytest.raises(ConfigError, match=r"'oracle'.*hash-exact, next-gate, none, previous-token"):
         make_predictor("oracle")
 
 
@@ -196,7 +196,7 @@ def test_a_forward_set_on_an_instance_is_not_run_by_the_ghost() -> None:
     calls: list[int] = []
     original = block.forward
 
-    def wrapped(hidden_states: torch.Tensor) -> torch.Tensor:
+    def wrapped(hidden_states: torch.Tensor) -> Any:
         calls.append(1)
         return original(hidden_states)
 
