@@ -16,17 +16,17 @@
 namespace tiered_mem {
 namespace {
 
-// A piece is what one read fetches. Small pieces leave little to verify after the last one has
-// come; some devices (virtio among them) report reads that are in flight together as done together,
-// so fewer may be in flight than a block of a few MiB has.
-constexpr size_t kPieceNbytes = size_t{512} << 10;
-constexpr size_t kDepth = 4;
+// A piece is what one read fetches: at most a chunk and half of what is left of the block, so that
+// little is left to verify when the last one has come. Some devices (virtio among them) report
+// reads that are in flight together as done together, so fewer may be in flight than a block has.
+constexpr size_t kLeastPieceNbytes = size_t{256} << 10;
+constexpr size_t kDepth = 3;
 constexpr size_t kWindow = 2 * kDepth;  // pieces submitted and not yet consumed
 constexpr size_t kSlotNbytes = kChunkNbytes + kIoAlignment;
 
 struct Piece {
   size_t chunk;
-  size_t start;  // within the stored chunk
+  size_t start, nbytes;  // within the stored chunk
   std::byte* buffer;
   bool done;
 };
@@ -38,6 +38,7 @@ class BlockRead {
             Scratch& scratch)
       : extent_(extent), dst_(dst), room_(room), scratch_(scratch) {
     if (extent.file->direct()) context_ = context;
+    for (const Chunk& chunk : extent.chunks) left_ += chunk.stored_nbytes;
   }
 
   // The kernel writes into the buffers until every read is done, whatever was thrown.
@@ -59,10 +60,6 @@ class BlockRead {
   }
 
  private:
-  size_t stored(const Piece& piece) const {
-    return std::min(kPieceNbytes, extent_.chunks[piece.chunk].stored_nbytes - piece.start);
-  }
-
   void submit() {
     const size_t depth = context_ ? kDepth : 1;
     while (in_flight_ < depth && submitted_ - consumed_ < std::min(depth * 2, kWindow) &&
@@ -76,10 +73,13 @@ class BlockRead {
   }
 
   Piece next_piece() {
-    const Chunk& chunk = extent_.chunks[next_chunk_];
-    const Piece piece{next_chunk_, next_start_, buffer_of(next_chunk_) + next_start_, false};
-    next_start_ += kPieceNbytes;
-    if (next_start_ >= chunk.stored_nbytes) {
+    const size_t chunk_left = extent_.chunks[next_chunk_].stored_nbytes - next_start_;
+    const size_t most = std::max(kLeastPieceNbytes, round_up(left_ / 2, kIoAlignment));
+    const Piece piece{next_chunk_, next_start_, std::min(chunk_left, most),
+                      buffer_of(next_chunk_) + next_start_, false};
+    left_ -= piece.nbytes;
+    next_start_ += piece.nbytes;
+    if (piece.nbytes == chunk_left) {
       ++next_chunk_;
       next_start_ = 0;
     }
@@ -105,7 +105,7 @@ class BlockRead {
     block.aio_lio_opcode = IOCB_CMD_PREAD;
     block.aio_fildes = static_cast<uint32_t>(extent_.file->fd());
     block.aio_buf = reinterpret_cast<uintptr_t>(piece.buffer);
-    block.aio_nbytes = round_up(stored(piece), kIoAlignment);
+    block.aio_nbytes = round_up(piece.nbytes, kIoAlignment);
     block.aio_offset = static_cast<int64_t>(extent_.chunks[piece.chunk].offset + piece.start);
     iocb* blocks[] = {&block};
     if (syscall(SYS_io_submit, context_, 1, blocks) != 1) return false;
@@ -127,19 +127,19 @@ class BlockRead {
     Piece& piece = *reinterpret_cast<Piece*>(event.data);
     piece.done = true;
     // An error or a short read is met again, and named, by reading the plain way.
-    if (event.res < static_cast<int64_t>(stored(piece))) read_now(piece);
+    if (event.res < static_cast<int64_t>(piece.nbytes)) read_now(piece);
   }
 
   void read_now(Piece& piece) {
     extent_.file->read(extent_.chunks[piece.chunk].offset + piece.start,
-                       round_up(stored(piece), kIoAlignment), stored(piece), piece.buffer);
+                       round_up(piece.nbytes, kIoAlignment), piece.nbytes, piece.buffer);
     piece.done = true;
   }
 
   void consume(const Piece& piece) {
     const Chunk& chunk = extent_.chunks[piece.chunk];
-    crc_ = crc32c(piece.buffer, stored(piece), piece.start == 0 ? 0 : crc_);
-    if (piece.start + stored(piece) < chunk.stored_nbytes) return;
+    crc_ = crc32c(piece.buffer, piece.nbytes, piece.start == 0 ? 0 : crc_);
+    if (piece.start + piece.nbytes < chunk.stored_nbytes) return;
     if (crc_ != chunk.crc) throw ChecksumMismatch(extent_.file->path(), chunk.offset);
     if (!in_place(piece.chunk)) {
       decode(extent_.codec, piece.buffer - piece.start, chunk.stored_nbytes, place_of(piece.chunk),
@@ -154,6 +154,7 @@ class BlockRead {
   unsigned long context_ = 0;  // 0: read each piece in turn
   std::array<Piece, kWindow> pieces_{};
   size_t next_chunk_ = 0, next_start_ = 0;  // what to submit next
+  size_t left_ = 0;                         // bytes not yet submitted
   size_t submitted_ = 0, consumed_ = 0;     // pieces so far
   size_t in_flight_ = 0;
   uint32_t crc_ = 0;  // of the chunk being consumed, so far

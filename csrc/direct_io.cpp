@@ -66,7 +66,7 @@ Extent make_extent(std::shared_ptr<File> file, Codec codec, uint64_t nbytes, uin
   uint64_t left = nbytes;
   for (size_t i = 0; i < num_chunks; ++i, table += 3) {
     const Chunk chunk{offset, table[0], table[1], table[2]};
-    sound = sound && chunk.raw_nbytes > 0 &&
+    sound = sound && chunk.raw_nbytes > 0 && chunk.stored_nbytes > 0 &&
             chunk.raw_nbytes == std::min<uint64_t>(left, kChunkNbytes) &&
             chunk.stored_nbytes <= kMaxStored &&
             (codec != Codec::none || chunk.stored_nbytes == chunk.raw_nbytes);
