@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from tiered_mem.errors import ConfigError, StoreError, StoreFullError, StoreMismatchError
 from tiered_mem.hf import pack as pack_module
 from tiered_mem.hf.checkpoint import Checkpoint
-from tiered_mem.hf.pack import block_keys, describe, pack, require_match
+from tiered_mem.hf.pack import block_keys, describe, open_packed, pack, require_match
 from tiered_mem.store import Store, allocate
 
 # `kill -9` of a pack at random moments: a few here, TIERED_MEM_KILLS=60 for an evening.
@@ -85,7 +85,9 @@ def test_every_expert_is_packed_once(name: str, codec: str, tmp_path: Path) -> N
     assert steps[0] == (0, checkpoint.nbytes) and steps[-1] == (checkpoint.nbytes,) * 2
     assert steps == sorted(steps) and len(steps) > 3
 
-    again = pack(checkpoint, path, codec=codec)
+    steps.clear()
+    again = pack(checkpoint, path, codec=codec, progress=lambda *step: steps.append(step))
+    assert steps == [(checkpoint.nbytes,) * 2]
     assert (again.num_blocks, again.num_packed, again.nbytes_packed) == (report.num_blocks, 0, 0)
 
 
@@ -99,6 +101,17 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
             txn.delete(key)
     assert pack(checkpoint, path).num_packed == len(lost)
     assert_packed(checkpoint, path)
+
+
+def test_a_complete_store_need_not_be_written(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(checkpoints.save("mixtral", tmp_path / "model"))
+    assert open_packed(checkpoint, tmp_path / "store") is None
+    pack(checkpoint, tmp_path / "store")
+    with Store.open(tmp_path / "store"):  # in this process it can't be opened for writing now
+        assert pack(checkpoint, tmp_path / "store").num_packed == 0
+        opened = open_packed(checkpoint, tmp_path / "store")
+        assert opened is not None and not opened.writable
+        opened.close()
 
 
 def test_other_metadata_of_the_store_is_kept(tmp_path: Path) -> None:
@@ -183,9 +196,9 @@ def test_too_little_room_is_found_before_anything_is_written(
     checkpoint = Checkpoint.open(checkpoints.save("mixtral", tmp_path / "model"))
     usage = shutil.disk_usage(tmp_path)._replace(free=12345)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(StoreFullError, match=r"take \d+ bytes in a store, 12345 are free"):
+    with pytest.raises(StoreFullError, match=r"take .* in a store, 12\.1 KiB are free"):
         pack(checkpoint, tmp_path / "store")
-    with pytest.raises(StoreFullError, match=r"take \d+ bytes in a store, its capacity is 50000"):
+    with pytest.raises(StoreFullError, match=r"take .* in a store, its capacity is 48\.8 KiB"):
         pack(checkpoint, tmp_path / "store", capacity=50_000)
     assert not (tmp_path / "store").exists()
 
@@ -193,7 +206,7 @@ def test_too_little_room_is_found_before_anything_is_written(
 def test_the_estimate_of_room_holds(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(checkpoints.save("mixtral", tmp_path / "model"))
     needed = pack_module._stored_nbytes(checkpoint, block_keys(checkpoint), ratio=1.0)
-    pack(checkpoint, tmp_path / "store")
+    pack(checkpoint, tmp_path / "store", capacity=needed)
     taken = sum(file.stat().st_blocks * 512 for file in (tmp_path / "store").iterdir())
     assert checkpoint.nbytes < taken <= needed
 
@@ -209,14 +222,26 @@ def disk_that_ends_at(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_fills_up_leaves_a_store_to_go_on_from(middling: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["disk", "capacity"])
+def test_room_that_runs_out_leaves_a_store_to_go_on_from(
+    what: str, middling: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = Checkpoint.open(middling)
     path = tmp_path / "store"
-    with (
-        disk_that_ends_at(checkpoint.nbytes),  # less than a store needs, pages and all
-        pytest.raises(StoreFullError, match="pack again"),
-    ):
-        pack(checkpoint, path, transaction_nbytes=TRANSACTION_NBYTES)
+    # Enough at first sight, then not. The store's file is some 5 MB longer than what is in it.
+    room = checkpoint.nbytes // 2 + (5 << 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "_require_space", lambda *_: None)
+        full = pytest.raises(StoreFullError, match="pack again")
+        if what == "disk":
+            with disk_that_ends_at(room), full:
+                pack(checkpoint, path, transaction_nbytes=TRANSACTION_NBYTES)
+        else:
+            with full:
+                pack(
+                    checkpoint, path, transaction_nbytes=TRANSACTION_NBYTES,
+                    capacity=checkpoint.nbytes // 2,
+                )  # fmt: skip
     committed = some_blocks(path)
     assert 0 < committed < checkpoint.num_blocks
     with Store.open(path) as store, store.snapshot() as snapshot:

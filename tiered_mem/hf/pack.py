@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from tiered_mem.catalogue import ALIGNMENT, Bytes, Codec, encode, round_up
-from tiered_mem.errors import StoreFullError, StoreMismatchError
+from tiered_mem.config import format_size
+from tiered_mem.errors import StoreError, StoreFullError, StoreMismatchError
 from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.store import Store, allocate
@@ -63,10 +64,17 @@ def pack(
     """
     started = time.perf_counter()
     path = Path(store_path)
+    report = progress or (lambda done, total: None)
+    Codec.choose(codec, itemsize=1)  # an unknown one is refused even if there is nothing to pack
+    complete = open_packed(checkpoint, path)
+    if complete is not None:
+        complete.close()
+        report(checkpoint.nbytes, checkpoint.nbytes)
+        return _report(checkpoint, [], started)
     keys = list(block_keys(checkpoint))
     if not path.exists():
         _require_space(checkpoint, keys, path, codec, capacity)
-    with closing(Store.open(path, mode="w", capacity=capacity)) as store:
+    with Store.open(path, mode="w", capacity=capacity) as store:
         if "experts" in store.metadata:
             require_match(store, checkpoint)
         else:
@@ -74,17 +82,32 @@ def pack(
         with store.snapshot() as snapshot:
             missing = [key for key in keys if key not in snapshot]
         _require_space(checkpoint, missing, path, codec, capacity)
-        _write(checkpoint, store, missing, codec, transaction_nbytes, progress)
-    return PackReport(
-        num_blocks=len(keys),
-        num_packed=len(missing),
-        nbytes=checkpoint.nbytes,
-        nbytes_packed=_nbytes(checkpoint, missing),
-        seconds=time.perf_counter() - started,
-        layers_read_whole=tuple(
-            layer for layer in range(checkpoint.num_layers) if checkpoint.reads_whole(layer)
-        ),
-    )
+        _write(checkpoint, store, missing, codec, transaction_nbytes, report)
+    return _report(checkpoint, missing, started)
+
+
+def open_packed(checkpoint: Checkpoint, store_path: str | PathLike[str]) -> Store | None:
+    """Open the store for reading if it holds every expert; None if there is something to pack.
+
+    Raises `StoreMismatchError` if the store holds another checkpoint, dtype or layout.
+    """
+    try:
+        store = Store.open(store_path)
+    except StoreMismatchError:
+        raise
+    except StoreError:
+        return None  # not there, or killed before its first commit; if worse, writing will tell
+    try:
+        if "experts" in store.metadata:
+            require_match(store, checkpoint)
+            with store.snapshot() as snapshot:
+                if all(key in snapshot for key in block_keys(checkpoint)):
+                    return store
+    except BaseException:
+        store.close()
+        raise
+    store.close()
+    return None
 
 
 def block_keys(checkpoint: Checkpoint) -> Iterator[BlockKey]:
@@ -123,6 +146,18 @@ def require_match(store: Store, checkpoint: Checkpoint) -> None:
             )
 
 
+def _report(checkpoint: Checkpoint, packed: list[BlockKey], started: float) -> PackReport:
+    layers = range(checkpoint.num_layers)
+    return PackReport(
+        num_blocks=checkpoint.num_blocks,
+        num_packed=len(packed),
+        nbytes=checkpoint.nbytes,
+        nbytes_packed=_nbytes(checkpoint, packed),
+        seconds=time.perf_counter() - started,
+        layers_read_whole=tuple(layer for layer in layers if checkpoint.reads_whole(layer)),
+    )
+
+
 def _name(description: dict[str, Any]) -> str:
     return (
         f"{description.get('checkpoint')} ({description.get('model_type')}, "
@@ -137,10 +172,9 @@ def _write(
     keys: list[BlockKey],
     codec: str,
     transaction_nbytes: int,
-    progress: Progress | None,
+    report: Progress,
 ) -> None:
     done = checkpoint.nbytes - _nbytes(checkpoint, keys)
-    report = progress or (lambda done, total: None)
     report(done, checkpoint.nbytes)
     with closing(_blocks(checkpoint, keys)) as blocks:
         for count in _transactions(checkpoint, keys, transaction_nbytes):
@@ -197,15 +231,17 @@ def _require_space(
     needed = _stored_nbytes(checkpoint, block_keys(checkpoint), ratio)
     if capacity is not None and needed > capacity:
         raise StoreFullError(
-            f"{size} take {needed} bytes in a store, its capacity is {capacity}: give more"
+            f"{size} take {format_size(needed)} in a store, its capacity is "
+            f"{format_size(capacity)}: give more"
         )
     needed = _stored_nbytes(checkpoint, keys, ratio)
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise StoreFullError(
-            f"{len(keys)} of {size} still to pack take {needed} bytes in a store, {free} are free "
-            f"under {existing}: make room, give another path, or pack with codec zstd"
+            f"{len(keys)} of {size} still to pack take {format_size(needed)} in a store, "
+            f"{format_size(free)} are free under {existing}: make room, give another path, or pack "
+            "with codec zstd"
         )
 
 
