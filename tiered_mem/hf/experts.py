@@ -84,7 +84,7 @@ def tiered_forward(
     Takes hidden states [tokens, hidden], expert ids and router weights [tokens, k]; returns
     [tokens, hidden]. Raises `RuntimeClosedError`, `TransferError`, `ChecksumError`.
     """
-    return _forward(self, hidden_states, top_k_index, top_k_weights, _sum_like_grouped_mm)
+    return _forward(self, hidden_states, top_k_index, top_k_weights, like_eager=False)
 
 
 def tiered_eager_forward(
@@ -94,7 +94,7 @@ def tiered_eager_forward(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """Experts function that adds like transformers' eager loop over the experts."""
-    return _forward(self, hidden_states, top_k_index, top_k_weights, _sum_like_eager)
+    return _forward(self, hidden_states, top_k_index, top_k_weights, like_eager=True)
 
 
 def _forward(
@@ -102,14 +102,15 @@ def _forward(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    sum_up: Any,
+    like_eager: bool,
 ) -> torch.Tensor:
     if hidden_states.size(0) == 0:
         return torch.zeros_like(hidden_states)
     with torch.no_grad():
-        outputs = _run_experts(module, hidden_states, top_k_index)
+        outputs = _run_experts(module, hidden_states, top_k_index, like_eager)
         if getattr(module, "has_post_expert_norm", False):
             outputs = module.post_expert_norm(outputs)  # type: ignore[operator]
+        sum_up = _sum_like_eager if like_eager else _sum_like_grouped_mm
         result = sum_up(outputs, hidden_states, top_k_index, top_k_weights)
     if hidden_states.requires_grad:
         return _NoBackward.apply(result, hidden_states)  # type: ignore[no-any-return, no-untyped-call]
@@ -117,7 +118,7 @@ def _forward(
 
 
 def _run_experts(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, by_rank: bool
 ) -> torch.Tensor:
     """Return each token's output of each of its experts, [tokens * k, hidden]."""
     tiered: TieredExperts | None = getattr(module, "tiered", None)
@@ -126,7 +127,7 @@ def _run_experts(
             "this model's experts were given back by close(): load the model again to use it"
         )
     num_top_k = top_k_index.size(-1)
-    ids, rows = _group(top_k_index, module.num_experts)  # type: ignore[arg-type]
+    ids, rows = _group(top_k_index, module.num_experts, by_rank)  # type: ignore[arg-type]
     reading = tiered.space.begin(tiered.layer, ids)
     if tiered.hooks is not None:
         # After this layer's own reads have started, so that predicting overlaps with them.
@@ -147,21 +148,28 @@ def _run_experts(
 
 
 def _group(
-    top_k_index: torch.Tensor, num_experts: int
+    top_k_index: torch.Tensor, num_experts: int, by_rank: bool
 ) -> tuple[list[int], list[torch.Tensor] | list[None]]:
     """Return the distinct experts and, for each, the rows of [tokens * k] that it computes.
 
     With one token whose experts are distinct a row is a position: None. Ids from `num_experts` up
     are expert-parallel sentinels: nothing is computed for them.
+
+    An expert's rows come by token, as in `grouped_mm`, or `by_rank` in the router's choice and then
+    by token, as in `eager`: vectorised kernels round the last rows of a tensor in another way.
     """
     if top_k_index.size(0) == 1:
         ids = top_k_index[0].tolist()
         if len(set(ids)) == len(ids) and max(ids) < num_experts:
             return ids, [None] * len(ids)
-    order = torch.sort(top_k_index.reshape(-1), stable=True)
+    order = torch.sort((top_k_index.T if by_rank else top_k_index).reshape(-1), stable=True)
     found, counts = torch.unique_consecutive(order.values, return_counts=True)
+    indices = order.indices
+    if by_rank:  # from places in [k, tokens] to rows
+        num_tokens, num_top_k = top_k_index.shape
+        indices = indices % num_tokens * num_top_k + indices // num_tokens
     ids = found.tolist()
-    rows = list(order.indices.split(counts.tolist()))
+    rows = list(indices.split(counts.tolist()))
     valid = sum(i < num_experts for i in ids)
     return ids[:valid], rows[:valid]
 
