@@ -30,13 +30,19 @@ class PredictorInfo(NamedTuple):
     source: str
 
 
-def make_predictor(name: str) -> Predictor:
-    """Return a new predictor. Raises `ConfigError`, naming the choices, if there is none such."""
-    if name not in _PREDICTORS:
+def make_predictor(predictor: str | Predictor) -> Predictor:
+    """Return a new predictor of that name; a predictor is returned as it is.
+
+    Raises `ConfigError`, naming the choices, if there is none such.
+    """
+    if isinstance(predictor, Predictor):
+        return predictor
+    if predictor not in _PREDICTORS:
         raise ConfigError(
-            f"prefetch={name!r} is no predictor; choose one of {', '.join(sorted(_PREDICTORS))}"
+            f"prefetch={predictor!r} is no predictor; "
+            f"choose one of {', '.join(sorted(_PREDICTORS))}, or give a Predictor"
         )
-    return _PREDICTORS[name]()
+    return _PREDICTORS[predictor]()
 
 
 def list_predictors() -> list[PredictorInfo]:

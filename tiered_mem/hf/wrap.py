@@ -33,7 +33,7 @@ from tiered_mem.hf.loading import default_model_class
 from tiered_mem.hf.pack import block_keys, pack, require_match
 from tiered_mem.hf.prefetch import RouterHooks
 from tiered_mem.keys import BlockKey, Kind
-from tiered_mem.policies.prefetch import make_predictor
+from tiered_mem.policies.prefetch import Predictor, make_predictor
 from tiered_mem.runtime import Runtime
 from tiered_mem.stats import Stats
 from tiered_mem.store import Store, allocate
@@ -51,7 +51,7 @@ def from_pretrained(
     dram: Size | None = None,
     nvme: str | Path | None = None,
     eviction: str | None = None,
-    prefetch: str = "next-gate",
+    prefetch: str | Predictor = "next-gate",
     codec: str = "none",
     runtime: Runtime | None = None,
     model_class: type[Any] | None = None,
@@ -70,7 +70,7 @@ def from_pretrained(
         nvme: Directory of the store. Packed into on first use (`tiered-mem pack` does it ahead) and
             kept; None: a temporary one that goes with the model.
         eviction: Name of the eviction policy; default "lru".
-        prefetch: Name of the predictor.
+        prefetch: Name of the predictor, or a predictor of your own for this model.
         codec: "none" or "zstd", for blocks packed now.
         runtime: Put the model on this runtime, beside others; then it has the budgets and policy.
         model_class: transformers class to load with, if not the checkpoint's own.
@@ -113,7 +113,7 @@ def offload(
     dram: Size | None = None,
     nvme: str | Path | None = None,
     eviction: str | None = None,
-    prefetch: str = "next-gate",
+    prefetch: str | Predictor = "next-gate",
     codec: str = "none",
     runtime: Runtime | None = None,
     progress: Progress | None = None,
@@ -158,13 +158,14 @@ class TieredModel:
         checkpoint: Checkpoint | None,
         runtime: Runtime,
         owns_runtime: bool,
-        prefetch: str,
+        prefetch: str | Predictor,
     ) -> None:
         self.model = model
         self.layouts = list(layouts)
         self.store = store
         self.runtime = runtime
-        self.prefetch = prefetch
+        predictor = make_predictor(prefetch)
+        self.prefetch = predictor.name
         self.closed = False
         self._owns_runtime = owns_runtime
         self._checkpoint = checkpoint
@@ -176,7 +177,7 @@ class TieredModel:
         self._hooks = RouterHooks(
             model,
             self._experts,
-            make_predictor(prefetch),
+            predictor,
             self._hint,
             layer_resident=self._space.layer_resident,
             worthwhile=self._space.prefetch_pays,
@@ -293,7 +294,7 @@ def _wrap(
     budgets: Budgets,
     runtime: Runtime | None,
     eviction: str | None,
-    prefetch: str,
+    prefetch: str | Predictor,
     undo: ExitStack,
 ) -> None:
     """Attach the handle. What `undo` holds becomes the handle's to close."""
@@ -314,7 +315,7 @@ def _wrap(
 
 
 def _check_options(
-    prefetch: str,
+    prefetch: str | Predictor,
     eviction: str | None,
     hbm: Size | None,
     dram: Size | None,
