@@ -47,6 +47,7 @@ $(VENV)/ready: .ci/make_venv.py
 
 # The constraint keeps pip from replacing the torch that make_venv.py found or installed.
 $(BUILT): $(VENV)/ready pyproject.toml setup.py $(CPP)
+	@echo installing into $(VENV) and compiling: a minute or two
 	@$(VENV_PYTHON) -m pip install -q 'setuptools>=77' 'pybind11>=2.13' wheel
 	@$(VENV_PYTHON) -m pip install -q --no-build-isolation -c $(VENV)/constraints.txt -e '.[test]'
 	@touch $@

@@ -13,12 +13,7 @@ from typing import cast
 
 import typer
 
-from tiered_mem.cli import output
-from tiered_mem.cli.doctor import doctor
-from tiered_mem.cli.pack import pack
-from tiered_mem.cli.policies import policies
-from tiered_mem.cli.run import run
-from tiered_mem.cli.verify import verify
+from tiered_mem.cli import doctor, output, pack, policies, run, verify
 from tiered_mem.errors import TieredMemError
 
 # Newer typer carries click's classes itself, older typer uses click's.
@@ -32,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (pack, run, verify, doctor, policies):
+for command in (pack.pack, run.run, verify.verify, doctor.doctor, policies.policies):
     app.command()(command)
 
 
