@@ -14,6 +14,8 @@ import torch
 import transformers
 from checkpoints import assert_same_experts
 from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from tiered_mem.errors import CheckpointError, StoreMismatchError, UnsupportedModelError
 from tiered_mem.hf.checkpoint import Checkpoint
@@ -61,6 +63,21 @@ def test_a_checkpoint_of_the_base_model(tmp_path: Path) -> None:
     assert not any(key.startswith("model.") for key in load_file(tmp_path / "model.safetensors"))
     with Checkpoint.open(tmp_path, model_class=type(model)) as checkpoint:
         assert_same_experts(checkpoint, model)
+
+
+def test_a_hub_id_in_the_cache(tmp_path: Path) -> None:
+    """Offline, by name: what transformers finds in its cache is what is read."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--tiny"
+    folder = checkpoints.save("mixtral", repository / "snapshots" / commit, max_shard_size="20KB")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    with Checkpoint.open("someone/tiny", cache_dir=tmp_path, local_files_only=True) as checkpoint:
+        assert checkpoint.name == "someone/tiny"
+        assert_same_experts(checkpoint, stock)
+    with pytest.raises(CheckpointError, match="someone/other"):
+        Checkpoint.open("someone/other", cache_dir=tmp_path, local_files_only=True)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
@@ -158,6 +175,22 @@ def test_a_layout_survives_json(tmp_path: Path) -> None:
         ExpertLayout.from_json({"num_experts": 4, "fields": [["w", [1], "no_such_dtype", 0]]})
 
 
+def test_a_layout_takes_what_is_per_expert_and_nothing_else() -> None:
+    module = nn.Module()
+    module.num_experts = 4
+    module.weight = nn.Parameter(torch.arange(4 * 6, dtype=torch.uint8).view(4, 6), False)
+    module.register_buffer("scale", torch.arange(4).to(torch.float8_e8m0fnu))
+    module.register_buffer("scratch", torch.zeros(4), persistent=False)
+    module.shared = nn.Parameter(torch.zeros(3, 4))
+    module.norm = nn.LayerNorm(4)
+    module.register_parameter("bias", None)
+    layout = ExpertLayout.of_module(module)
+    assert [(f.name, f.shape) for f in layout.fields] == [("weight", (6,)), ("scale", ())]
+    block = torch.full((layout.nbytes,), 0xAA, dtype=torch.uint8)
+    layout.copy_expert(module, 2, block)
+    assert block.tolist() == [*range(12, 18), *[0] * 58, int(module.scale.view(torch.uint8)[2])]
+
+
 def test_views_are_aligned_and_share_the_block() -> None:
     layout = ExpertLayout.build(4, {"a": ((3,), torch.float32), "b": ((2, 5), torch.bfloat16)})
     block = torch.zeros(layout.nbytes, dtype=torch.uint8)
@@ -204,6 +237,13 @@ def test_experts_outside_the_interface_are_refused_unread(model_type: str, tmp_p
 def test_a_dense_model_is_told_what_to_use(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"llama.*not a mixture.*device_map"):
         Checkpoint.open(unreadable(tmp_path, "llama"))
+
+
+def test_quantisation_whose_package_is_missing(tmp_path: Path) -> None:
+    quantization = {"quant_method": "gptq", "bits": 4}
+    checkpoints.edit_config(checkpoints.save("mixtral", tmp_path), quantization_config=quantization)
+    with pytest.raises(UnsupportedModelError, match=f"{tmp_path.name} here.*install"):
+        Checkpoint.open(tmp_path)
 
 
 # --- broken checkpoints ---

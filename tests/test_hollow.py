@@ -14,7 +14,9 @@ import families
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 
 from tiered_mem.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tiered_mem.hf.detect import experts_interface
@@ -225,6 +227,24 @@ def test_the_decorator_decides_not_the_name() -> None:
     }
     found = {name: experts_interface(cls.__new__(cls)) is not None for name, cls in modules.items()}
     assert found == {"mixtral": True, "llama4": False}
+
+
+def test_experts_with_kernels_of_their_own_are_refused() -> None:
+    class Quantised(nn.Module):
+        num_experts = 4
+
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 2))
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden
+
+    decorated = use_experts_implementation(Quantised, experts_interface=ExpertsInterface())
+    model, _ = families.build("mixtral")
+    model.model.layers[1].mlp.experts = decorated(model.config)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.experts.*dequantize=True"):
+        next(hollow_model(model))
 
 
 # --- a model in memory ---

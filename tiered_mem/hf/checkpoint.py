@@ -79,7 +79,8 @@ class Checkpoint:
 
         `dtype` and `hf_kwargs` mean what they mean there (None and "auto": the checkpoint's own).
         `model_class` defaults to what `default_model_class` finds. A model that can't be wrapped is
-        refused before a file of weights is fetched or opened.
+        refused before a file of weights is fetched or opened. Raises what `Checkpoint()` does, and
+        `UnsupportedModelError` for quantisation whose package isn't installed.
         """
         path = os.fspath(path_or_id)
         try:
@@ -95,6 +96,8 @@ class Checkpoint:
                 model_class.from_pretrained(path, dtype=dtype, **hf_kwargs)
         except _Taken:
             return taken[0]
+        except ImportError as error:
+            raise UnsupportedModelError(f"transformers can't load {path} here: {error}") from error
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"can't open the checkpoint {path}: {error}") from error
         raise CheckpointError(
