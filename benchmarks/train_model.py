@@ -21,12 +21,10 @@ import argparse
 import copy
 import json
 import math
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
+from common import machine
 from model_metrics import expert_spread, mean_loss, report, sample_text, unigram_loss
 from transformers import (
     AutoModelForCausalLM,
@@ -258,6 +257,8 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimi
 
 def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
+    # Greedy text of so small a model soon goes round in circles, which flatters every cache.
+    half.generation_config.repetition_penalty = 1.2
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -356,14 +357,8 @@ def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     metrics["training"] = training | {
         "recipe": vars(recipe),
         "threads": args.threads,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
+        "tokenizers": tokenizers.__version__,
+        "machine": machine(out),
         "corpus": data.sizes,
         "licence": LICENCE,
     }
@@ -371,7 +366,7 @@ def run(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     return metrics
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for weights, tokenizer and metrics.json")
     parser.add_argument("--minutes", type=float, default=30.0, help="wall-clock training time")
@@ -380,7 +375,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, action="append", default=[], help="train on this file")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a toy, thrown away")
     parser.add_argument("--json", type=Path, help="write the metrics here too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.smoke == (args.out is not None):
         parser.error("name a folder with --out, or use --smoke, which keeps nothing")
     transformers.logging.disable_progress_bar()
