@@ -17,7 +17,7 @@ from pathlib import Path
 
 _SYS_CACHESTAT = 451  # the same on every architecture; Linux 6.5
 _MADV_PAGEOUT = 21
-_PIECE_NBYTES = 1 << 20
+_PIECE_NBYTES = 4 << 20  # no less: the kernel drops no part of a large folio
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -49,7 +49,7 @@ def cached_nbytes(path: str | os.PathLike[str]) -> int:
 def drop(paths: Iterable[str | os.PathLike[str]], *, keep_share: float = 0.0) -> int:
     """Write files back and drop them from the page cache. Return the bytes that stayed cached.
 
-    With `keep_share` that share of each file, always the same pieces of 1 MiB all over it, keeps
+    With `keep_share` that share of each file, always the same pieces of 4 MiB all over it, keeps
     what it has in the cache: called again and again, that is a page cache with room for this much.
     """
     left = 0

@@ -1,0 +1,71 @@
+"""Every benchmark runs, by its --smoke, and writes results of the shape that is promised."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = sorted(BENCHMARKS.glob("bench_*.py"))
+
+
+def run_smoke(script: Path, tmp_path: Path) -> dict[str, Any]:
+    out = tmp_path / "results.json"
+    command = [sys.executable, str(script), "--smoke", "--json", str(out)]
+    command += ["--dir", str(tmp_path / "files")]
+    (tmp_path / "files").mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    results: dict[str, Any] = json.loads(out.read_text())
+    return results
+
+
+def test_all_are_found() -> None:
+    names = {script.stem for script in SCRIPTS}
+    assert names >= {"bench_store", "bench_decode", "bench_overhead"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_smoke(script: Path, tmp_path: Path) -> None:
+    results = run_smoke(script, tmp_path)
+    machine = results["machine"]
+    assert {"cpu", "cores", "kernel", "filesystem", "packages", "commit"} <= set(machine)
+    CHECKS.get(script.stem, lambda _: None)(results)
+
+
+def check_decode(results: dict[str, Any]) -> None:
+    peers = results["summary"]
+    assert {"all-in-ram", "accelerate.disk_offload", "tiered_mem next-gate lru"} <= set(peers)
+    assert set(results["rounds"]) == set(peers)
+    for name, figures in peers.items():
+        # Same tokens in, same logits out: a peer that computes something else proves nothing.
+        assert figures["max_abs_dlogit"] == 0, name
+        assert figures["equal_argmax_share"] == 1, name
+        assert figures["tokens_per_second"] > 0
+        assert figures["times_faster_than"][name] == 1
+    ours = peers["tiered_mem next-gate lru"]
+    assert 0 < ours["hit_rate"] < 1
+    assert ours["block_read_mb_per_token"] > 0
+    run = results["rounds"]["tiered_mem next-gate lru"][0]
+    assert len(run["seconds"]) == results["settings"]["num_tokens"]
+    assert set(run["raw_bytes_per_second"]) == {"before", "after"}
+    read = results["rounds"]["accelerate.disk_offload"][0]["block_read_nbytes"]
+    assert min(read) > 0, "the page cache had been dropped before every token"
+
+
+def check_overhead(results: dict[str, Any]) -> None:
+    summary = results["summary"]
+    assert {"acquire", "wait_any", "release", "whole"} == set(summary["event_us"])
+    assert all(value > 0 for value in summary["event_us"].values())
+    assert set(summary["tiered_mem_to"]) == {"tiered_mem", "linear", "grouped_mm", "eager"}
+    assert summary["tiered_mem_to"]["tiered_mem"] == 1
+
+
+CHECKS = {"bench_decode": check_decode, "bench_overhead": check_overhead}
