@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
+
+#include "error.h"
 
 namespace tiered_mem {
 
@@ -10,65 +13,57 @@ namespace {
 // Slabs of a sixteenth of the budget: small enough that one can be taken from a size class
 // without emptying it, large enough that the accounts stay small.
 constexpr std::uint64_t kSlabsPerArena = 16;
-constexpr std::uint64_t kMaxSlotsPerSlab = 64;
 
 }  // namespace
 
 Arena::Arena(std::uint64_t budget, std::uint64_t reserved)
     : budget_(budget), reserved_(round_to_pages(std::max(budget, reserved))) {
+  if (reserved_ < budget) throw BudgetError("a budget of that many bytes can't be addressed");
   holes_[0] = reserved_;
 }
 
-std::optional<Slot> Arena::take(std::uint64_t slot_nbytes) {
+std::optional<Slot> Arena::take(std::uint64_t slot_nbytes, std::uint64_t max_new) {
+  // After a shrink there may be free slots in slabs that couldn't go yet: they stay unused.
+  if (nbytes_used_ + slot_nbytes > budget_) return std::nullopt;
   std::vector<Slot>& free = free_slots_[slot_nbytes];
   if (free.empty()) {
     const std::uint64_t wanted =
-        std::clamp(budget_ / kSlabsPerArena / slot_nbytes, std::uint64_t{1}, kMaxSlotsPerSlab);
+        std::clamp(budget_ / kSlabsPerArena / slot_nbytes, std::uint64_t{1}, max_new);
     const std::uint64_t room = budget_ > nbytes_cut_ ? (budget_ - nbytes_cut_) / slot_nbytes : 0;
     const std::uint64_t num_slots = std::min(wanted, room);
     if (num_slots == 0) return std::nullopt;
-    auto offset = carve(slot_nbytes, num_slots);
-    if (!offset) return std::nullopt;
+    const Slab* slab = carve(slot_nbytes, num_slots);
+    if (slab == nullptr) return std::nullopt;
     // Lowest offset last, so that slots are given out in ascending order.
-    for (std::uint64_t i = num_slots; i-- > 0;) free.push_back(*offset + i * slot_nbytes);
+    for (std::uint64_t i = slab->num_slots; i-- > 0;)
+      free.push_back(slab->offset + i * slot_nbytes);
   }
   const Slot slot = free.back();
   free.pop_back();
-  ++const_cast<Slab&>(slab_of(slot)).num_used;
+  ++slab_at(slot).num_used;
+  nbytes_used_ += slot_nbytes;
   return slot;
 }
 
-std::optional<std::uint64_t> Arena::carve(std::uint64_t slot_nbytes, std::uint64_t num_slots) {
+// A slab of `num_slots`, or of fewer where no hole is large enough.
+const Arena::Slab* Arena::carve(std::uint64_t slot_nbytes, std::uint64_t num_slots) {
   const std::uint64_t nbytes = slot_nbytes * num_slots;
   for (auto hole = holes_.begin(); hole != holes_.end(); ++hole) {
     if (hole->second < nbytes) continue;
     const auto [offset, size] = *hole;
     holes_.erase(hole);
     if (size > nbytes) holes_[offset + nbytes] = size - nbytes;
-    slabs_[offset] = Slab{offset, slot_nbytes, static_cast<std::uint32_t>(num_slots), 0};
     nbytes_cut_ += nbytes;
-    return offset;
+    return &(slabs_[offset] = Slab{offset, slot_nbytes, static_cast<std::uint32_t>(num_slots), 0});
   }
-  if (num_slots > 1) return carve(slot_nbytes, num_slots / 2);
-  return std::nullopt;
+  return num_slots > 1 ? carve(slot_nbytes, num_slots / 2) : nullptr;
 }
 
 void Arena::give(Slot slot) {
-  Slab& slab = const_cast<Slab&>(slab_of(slot));
+  Slab& slab = slab_at(slot);
   --slab.num_used;
+  nbytes_used_ -= slab.slot_nbytes;
   free_slots_[slab.slot_nbytes].push_back(slot);
-}
-
-std::uint64_t Arena::num_available(std::uint64_t slot_nbytes) const {
-  const auto free = free_slots_.find(slot_nbytes);
-  std::uint64_t total = free == free_slots_.end() ? 0 : free->second.size();
-  std::uint64_t room = budget_ > nbytes_cut_ ? (budget_ - nbytes_cut_) / slot_nbytes : 0;
-  std::uint64_t fits = 0;
-  for (const auto& [offset, nbytes] : holes_) {
-    fits += nbytes / slot_nbytes;
-    if (fits >= room) break;
-  }
-  return total + std::min(room, fits);
 }
 
 void Arena::release_slab(std::uint64_t slab_offset) {
@@ -96,14 +91,16 @@ void Arena::release_slab(std::uint64_t slab_offset) {
   holes_.erase(hole);
 }
 
-const Arena::Slab& Arena::slab_of(Slot slot) const {
+Arena::Slab& Arena::slab_at(Slot slot) {
   auto found = slabs_.upper_bound(slot);
-  if (found == slabs_.begin()) throw std::logic_error("slab_of: not a slot");
+  if (found == slabs_.begin()) throw std::logic_error("slab_at: not a slot");
   return (--found)->second;
 }
 
 void Arena::set_budget(std::uint64_t budget) {
-  if (budget > reserved_) throw std::invalid_argument("budget above what was reserved");
+  if (budget > reserved_)
+    throw BudgetError("a budget of " + std::to_string(budget) + " bytes is above the " +
+                      std::to_string(reserved_) + " bytes that were reserved at the start");
   budget_ = budget;
 }
 

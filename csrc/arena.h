@@ -18,6 +18,9 @@ inline std::uint64_t round_to_pages(std::uint64_t nbytes) {
   return (nbytes + kPage - 1) / kPage * kPage;
 }
 
+/// The most slots of one slab: the unit in which space passes from one size class to another.
+constexpr std::uint64_t kMaxSlotsPerSlab = 64;
+
 /// Byte offset of a slot from its arena's base.
 using Slot = std::uint64_t;
 
@@ -34,34 +37,36 @@ class Arena {
   /// `reserved` bounds what `set_budget` may ever ask for.
   Arena(std::uint64_t budget, std::uint64_t reserved);
 
-  /// A free slot of this size class (`slot_nbytes` is a multiple of kPage), cutting a new slab
-  /// if need be; nothing if the budget is used up.
-  std::optional<Slot> take(std::uint64_t slot_nbytes);
+  /// A free slot of this size class (`slot_nbytes` is a multiple of kPage), cutting a new slab of
+  /// at most `max_new` slots if need be; nothing if the budget is used up.
+  std::optional<Slot> take(std::uint64_t slot_nbytes, std::uint64_t max_new = kMaxSlotsPerSlab);
   void give(Slot slot);
 
-  /// Slots of this class that `take` would give before it says no.
-  std::uint64_t num_available(std::uint64_t slot_nbytes) const;
   /// The most slots of this class that an otherwise empty arena holds.
   std::uint64_t max_slots(std::uint64_t slot_nbytes) const { return budget_ / slot_nbytes; }
 
   /// Gives the space of a slab without used slots back, for any size class.
   void release_slab(std::uint64_t slab_offset);
 
-  const Slab& slab_of(Slot slot) const;
+  const Slab& slab_of(Slot slot) const { return const_cast<Arena*>(this)->slab_at(slot); }
   const std::map<std::uint64_t, Slab>& slabs() const { return slabs_; }
 
   std::uint64_t budget() const { return budget_; }
   std::uint64_t reserved() const { return reserved_; }
   /// Bytes cut into slabs. Above the budget only between a shrink and the release of slabs.
   std::uint64_t nbytes_cut() const { return nbytes_cut_; }
+  /// Bytes of taken slots. Taking one never brings them above the budget.
+  std::uint64_t nbytes_used() const { return nbytes_used_; }
   void set_budget(std::uint64_t budget);
 
  private:
-  std::optional<std::uint64_t> carve(std::uint64_t slot_nbytes, std::uint64_t num_slots);
+  Slab& slab_at(Slot slot);
+  const Slab* carve(std::uint64_t slot_nbytes, std::uint64_t num_slots);
 
   std::uint64_t budget_;
   std::uint64_t reserved_;
   std::uint64_t nbytes_cut_ = 0;
+  std::uint64_t nbytes_used_ = 0;
   std::map<std::uint64_t, Slab> slabs_;                    // by offset
   std::map<std::uint64_t, std::uint64_t> holes_;           // offset -> nbytes, never adjacent
   std::map<std::uint64_t, std::vector<Slot>> free_slots_;  // by slot_nbytes

@@ -3,7 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <set>
+
 #include "block_reader.h"
+#include "catalogue.h"
 #include "checksum.h"
 #include "direct_io.h"
 #include "error.h"
@@ -17,30 +21,29 @@ namespace {
 
 // --- errors ---
 
-void set_error(const char* name, const std::exception& error) {
-  // Imported when needed: the errors module must not be loaded by loading the extension.
-  py::object type = py::module_::import("tiered_mem.errors").attr(name);
-  PyErr_SetString(type.ptr(), error.what());
+// The class of tiered_mem.errors that stands for an error of the core.
+const char* error_name(const Error& error) {
+  if (dynamic_cast<const IoError*>(&error)) return "TransferError";
+  if (dynamic_cast<const ChecksumMismatch*>(&error)) return "ChecksumError";
+  if (dynamic_cast<const StoreError*>(&error)) return "StoreError";
+  if (dynamic_cast<const RuntimeClosed*>(&error)) return "RuntimeClosedError";
+  if (dynamic_cast<const EventTooLarge*>(&error)) return "EventTooLargeError";
+  if (dynamic_cast<const BudgetError*>(&error)) return "BudgetError";
+  if (dynamic_cast<const ConfigError*>(&error)) return "ConfigError";
+  return "TieredMemError";
+}
+
+// Imported when needed: the errors module must not be loaded by loading the extension.
+py::object error_class(const char* name) {
+  return py::module_::import("tiered_mem.errors").attr(name);
 }
 
 void bind_errors(py::module_&) {
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
-    } catch (const IoError& error) {
-      set_error("TransferError", error);
-    } catch (const ChecksumMismatch& error) {
-      set_error("ChecksumError", error);
-    } catch (const StoreError& error) {
-      set_error("StoreError", error);
-    } catch (const RuntimeClosed& error) {
-      set_error("RuntimeClosedError", error);
-    } catch (const EventTooLarge& error) {
-      set_error("EventTooLargeError", error);
-    } catch (const BudgetError& error) {
-      set_error("BudgetError", error);
-    } catch (const ConfigError& error) {
-      set_error("ConfigError", error);
+    } catch (const Error& error) {
+      PyErr_SetString(error_class(error_name(error)).ptr(), error.what());
     }
   });
 }
@@ -82,6 +85,13 @@ std::shared_ptr<Extent> extent_from_entry(std::shared_ptr<File> file, uint8_t co
                                               static_cast<size_t>(table.shape(0))));
 }
 
+std::shared_ptr<Extent> parse(std::shared_ptr<File> file, const py::bytes& key,
+                              const py::buffer& packed) {
+  const py::buffer_info info = contiguous(packed, false);
+  const std::string_view entry(static_cast<const char*>(info.ptr), nbytes(info));
+  return std::make_shared<Extent>(parse_entry(std::move(file), std::string_view(key), entry));
+}
+
 void bind_store(py::module_& m) {
   m.attr("CHUNK_NBYTES") = kChunkNbytes;
   m.attr("IO_ALIGNMENT") = kIoAlignment;
@@ -105,6 +115,8 @@ void bind_store(py::module_& m) {
            py::arg("offset"), py::arg("table"))
       .def_readonly("file", &Extent::file)
       .def_readonly("nbytes", &Extent::nbytes)
+      .def_readonly("generation", &Extent::generation)
+      .def_property_readonly("codec", [](const Extent& e) { return static_cast<int>(e.codec); })
       .def_property_readonly(
           "offset", [](const Extent& e) { return e.chunks.empty() ? 0 : e.chunks[0].offset; })
       .def_property_readonly("num_chunks", [](const Extent& e) { return e.chunks.size(); })
@@ -114,6 +126,8 @@ void bind_store(py::module_& m) {
         return sum;
       });
 
+  m.def("parse_entry", &parse, py::arg("file"), py::arg("key"), py::arg("packed"),
+        "Read a packed catalogue entry.");
   m.def("read_block", &read_block_into, py::arg("extent"), py::arg("out"),
         "Read, verify and decode a block into `out`. Lands in place if `out` is 4096-aligned.");
 }
@@ -153,10 +167,10 @@ void hint(Tiers& tiers, const KeyArray& keys, uint64_t stream, bool exact) {
 py::object as_exception(const std::exception_ptr& error) {
   try {
     std::rethrow_exception(error);
-  } catch (const ChecksumMismatch& mismatch) {
-    return py::module_::import("tiered_mem.errors").attr("ChecksumError")(mismatch.what());
+  } catch (const Error& known) {
+    return error_class(error_name(known))(known.what());
   } catch (const std::exception& other) {
-    return py::module_::import("tiered_mem.errors").attr("TransferError")(other.what());
+    return error_class("TransferError")(other.what());
   }
 }
 
@@ -225,7 +239,118 @@ std::shared_ptr<Tiers> make_tiers(uint64_t hbm, uint64_t dram, uint64_t hbm_rese
   config.dram_reserved = dram_reserved;
   config.eviction = eviction;
   config.num_io_threads = num_io_threads;
-  return std::make_shared<Tiers>(config, make_host_device(), raise_on_signal);
+  // The last owner may be Python: closing waits for I/O, which others needn't wait for.
+  const auto destroy = [](Tiers* tiers) {
+    std::optional<py::gil_scoped_release> release;
+    if (PyGILState_Check()) release.emplace();
+    Tiers::destroy(tiers);
+  };
+  return std::shared_ptr<Tiers>(new Tiers(config, make_host_device(), raise_on_signal), destroy);
+}
+
+// Residency and policy without bytes: what the simulator drives. Not for several threads.
+class BareResidency {
+ public:
+  BareResidency(std::uint64_t budget, const std::string& eviction, std::uint64_t reserved)
+      : residency_(Arena(budget, reserved), make_policy(eviction)) {}
+
+  // "ok", "busy" or "too_large", and the keys that had to go.
+  std::pair<std::string, std::vector<Key>> admit(const KeyArray& keys,
+                                                 const py::array_t<std::uint64_t>& nbytes,
+                                                 bool guessed) {
+    if (keys.size() != nbytes.size()) throw ConfigError("admit: as many sizes as keys, please");
+    std::vector<Wanted> wanted;
+    std::set<Key> seen;
+    for (py::ssize_t i = 0; i < keys.size(); ++i) {
+      wanted.push_back({keys.data()[i], nbytes.data()[i]});
+      if (wanted.back().nbytes == 0) throw ConfigError("admit: a block has bytes");
+      if (residency_.find(wanted.back().key) || !seen.insert(wanted.back().key).second)
+        throw ConfigError("admit: a block that is there already, or named twice");
+    }
+    std::vector<Victim> victims;
+    const char* const names[] = {"ok", "busy", "too_large"};
+    const Admission admission =
+        residency_.admit(wanted, guessed ? Entry::guessed : Entry::demanded, victims);
+    std::vector<Key> gone;
+    for (const Victim& victim : victims) gone.push_back(victim.key);
+    return {names[static_cast<std::size_t>(admission)], gone};
+  }
+
+  // (slot, slot_nbytes, pins, state, guessed) or None.
+  py::object find(Key key) {
+    const Block* block = residency_.find(key);
+    if (block == nullptr) return py::none();
+    const char* const states[] = {"loading", "ready", "failed"};
+    return py::make_tuple(block->slot, block->slot_nbytes, block->pins,
+                          states[static_cast<std::size_t>(block->state)], block->guessed);
+  }
+
+  void use(Key key) { residency_.use(known(key)); }
+  void pin(Key key) { residency_.pin(known(key)); }
+  void unpin(Key key) {
+    Block& block = known(key);
+    if (block.pins == 0) throw ConfigError("unpin: nobody pins this block");
+    residency_.unpin(block);
+  }
+  void mark_ready(Key key) {
+    Block& block = known(key);
+    if (block.state != State::ready) residency_.mark_ready(block);
+  }
+  void protect(Key key, bool on) { residency_.protect(known(key), on); }
+  void drop(Key key) {
+    Block& block = known(key);
+    if (block.pins > 0) throw ConfigError("drop: somebody pins this block");
+    residency_.drop(block);
+  }
+  bool resize(std::uint64_t budget) {
+    std::vector<Arena::Slab> released;
+    return residency_.resize(budget, released);
+  }
+
+  std::vector<Key> keys() {
+    std::vector<Key> all;
+    residency_.each([&](const Block& block) { all.push_back(block.key); });
+    return all;
+  }
+  const Residency& get() const { return residency_; }
+
+ private:
+  Block& known(Key key) {
+    Block* block = residency_.find(key);
+    if (block == nullptr) throw ConfigError("block " + std::to_string(key) + " isn't resident");
+    return *block;
+  }
+
+  Residency residency_;
+};
+
+void bind_residency(py::module_& m) {
+  py::class_<BareResidency>(m, "Residency", "One tier's residency and policy, without bytes.")
+      .def(py::init<std::uint64_t, std::string, std::uint64_t>(), py::arg("budget"),
+           py::arg("eviction") = "lru", py::arg("reserved") = 0)
+      .def("admit", &BareResidency::admit, py::arg("keys"), py::arg("nbytes"),
+           py::arg("guessed") = false,
+           "('ok' | 'busy' | 'too_large', victims): makes room for all blocks, in state loading, "
+           "or changes nothing.")
+      .def("find", &BareResidency::find, py::arg("key"),
+           "(slot, slot_nbytes, pins, state, guessed), or None.")
+      .def("use", &BareResidency::use, py::arg("key"))
+      .def("pin", &BareResidency::pin, py::arg("key"))
+      .def("unpin", &BareResidency::unpin, py::arg("key"))
+      .def("mark_ready", &BareResidency::mark_ready, py::arg("key"))
+      .def("protect", &BareResidency::protect, py::arg("key"), py::arg("on"))
+      .def("drop", &BareResidency::drop, py::arg("key"))
+      .def("resize", &BareResidency::resize, py::arg("budget"), "False while pins hold slabs back.")
+      .def("keys", &BareResidency::keys)
+      .def("__len__", [](const BareResidency& r) { return r.get().num_blocks(); })
+      .def_property_readonly("budget",
+                             [](const BareResidency& r) { return r.get().arena().budget(); })
+      .def_property_readonly("nbytes_used",
+                             [](const BareResidency& r) { return r.get().nbytes_used(); })
+      .def_property_readonly("nbytes_cut",
+                             [](const BareResidency& r) { return r.get().arena().nbytes_cut(); })
+      .def_property_readonly("num_evictions",
+                             [](const BareResidency& r) { return r.get().num_evictions(); });
 }
 
 void bind_runtime(py::module_& m) {
@@ -307,5 +432,6 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "The core of tiered-mem in C++.";
   bind_errors(m);
   bind_store(m);
+  bind_residency(m);
   bind_runtime(m);
 }

@@ -5,6 +5,7 @@
 
 #include "device.h"
 #include "error.h"
+#include "process.h"
 
 namespace tiered_mem {
 
@@ -22,11 +23,13 @@ class HostMemory final : public Memory {
     data_ = static_cast<std::byte*>(address);
     // Fewer TLB misses and page faults. Where the kernel has none, 4 KiB pages work as well.
     madvise(address, nbytes, MADV_HUGEPAGE);
-    // A fork (a data loader's worker) must neither copy nor share the arena.
+    // A fork (a data loader's worker) must neither copy nor share the arena. The runtime refuses
+    // to be used in a child; only a view kept from before the fork would fault there.
     madvise(address, nbytes, MADV_DONTFORK);
   }
   ~HostMemory() override {
-    if (data_ != nullptr) munmap(data_, nbytes_);
+    // In a forked child something else may lie at these addresses by now.
+    if (data_ != nullptr && generation_ == process_generation()) munmap(data_, nbytes_);
   }
   HostMemory(const HostMemory&) = delete;
   HostMemory& operator=(const HostMemory&) = delete;
@@ -40,6 +43,7 @@ class HostMemory final : public Memory {
  private:
   std::byte* data_ = nullptr;
   std::uint64_t nbytes_;
+  unsigned generation_ = process_generation();
 };
 
 class HostDevice final : public Device {

@@ -1,6 +1,7 @@
 #include "hints.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace tiered_mem {
 
@@ -40,6 +41,16 @@ std::vector<Hint> HintBook::take(std::uint64_t stream, Partition partition) {
   open_.erase(found);
   order_.erase(std::find(order_.begin(), order_.end(), slot));
   return hints;
+}
+
+void HintBook::forget(std::uint8_t space) {
+  const auto drop = [space](auto& all, const auto& partition) {
+    for (auto it = all.begin(); it != all.end();)
+      it = space_of(Key{partition(*it)} << 32) == space ? all.erase(it) : std::next(it);
+  };
+  drop(judgements_, [](const auto& entry) { return entry.first; });
+  drop(open_, [](const auto& entry) { return entry.first.second; });
+  drop(order_, [](const Slot& slot) { return slot.second; });
 }
 
 void HintBook::judge(Partition partition, const Hint& hint, bool right) {

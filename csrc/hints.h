@@ -37,6 +37,8 @@ class HintBook {
   std::vector<Hint> open(std::uint64_t stream, Partition partition, std::vector<Hint> hints);
   /// The hints for the event that now comes, if any.
   std::vector<Hint> take(std::uint64_t stream, Partition partition);
+  /// Forgets a model that was closed.
+  void forget(std::uint8_t space);
   /// `hint` has come true or not.
   void judge(Partition partition, const Hint& hint, bool right);
 

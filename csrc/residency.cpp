@@ -22,43 +22,72 @@ void Residency::count_idle(const Block& block, int change) {
 
 Admission Residency::admit(const std::vector<Wanted>& wanted, Entry entry,
                            std::vector<Victim>& victims) {
-  std::map<std::uint64_t, std::uint64_t> need;  // slots by size class
-  for (const Wanted& block : wanted) ++need[round_to_pages(block.nbytes)];
+  Need need;
+  std::uint64_t nbytes = 0;
+  for (const Wanted& block : wanted) {
+    ++need[round_to_pages(block.nbytes)];
+    nbytes += round_to_pages(block.nbytes);
+  }
+  if (nbytes > arena_.budget()) return Admission::too_large;
+  // After a shrink, until enough pins are gone.
+  if (nbytes > 0 && arena_.nbytes_used() > arena_.budget()) return Admission::busy;
 
+  // First the slots that evictions of their class can't supply; from then on nothing can fail.
   const bool spare_protected = entry == Entry::guessed;
-  for (const auto& [slot_nbytes, num_slots] : need) {
-    if (num_slots > arena_.max_slots(slot_nbytes)) return Admission::too_large;
-    const std::uint64_t have =
-        arena_.num_available(slot_nbytes) + num_evictable(slot_nbytes, spare_protected);
-    if (have >= num_slots) continue;
+  Taken taken;
+  if (!take_short(arena_, idle_, need, spare_protected, taken)) {
     // A guess never takes a slab from another size class.
-    if (spare_protected || !make_slab_room(slot_nbytes, num_slots, victims)) return Admission::busy;
+    if (spare_protected || !make_room(need, victims)) return Admission::busy;
+    taken.clear();
+    if (!take_short(arena_, idle_, need, spare_protected, taken))
+      throw std::logic_error("admit: the room that was made isn't there");
   }
 
   for (const Wanted& want : wanted) {
     const std::uint64_t slot_nbytes = round_to_pages(want.nbytes);
-    auto slot = arena_.take(slot_nbytes);
-    if (!slot) {
+    std::vector<Slot>& ready = taken[slot_nbytes];
+    std::optional<Slot> slot;
+    if (!ready.empty()) {
+      slot = ready.back();
+      ready.pop_back();
+    } else if (slot = arena_.take(slot_nbytes); !slot) {
       evict_one(slot_nbytes, spare_protected, victims);
       slot = arena_.take(slot_nbytes);
     }
     auto block = std::make_unique<Block>();
     block->key = want.key;
-    block->slot = *slot;
+    block->slot = slot.value();
     block->slot_nbytes = slot_nbytes;
     block->guessed = entry == Entry::guessed;
     if (block->guessed) nbytes_guessed_ += slot_nbytes;
-    nbytes_used_ += slot_nbytes;
     policy_->insert(want.key, want.nbytes, entry);
     blocks_.put(want.key, std::move(block));
   }
   return Admission::ok;
 }
 
-std::uint64_t Residency::num_evictable(std::uint64_t slot_nbytes, bool spare_protected) const {
-  const auto found = idle_.find(slot_nbytes);
-  if (found == idle_.end()) return 0;
-  return found->second.all - (spare_protected ? found->second.protected_ : 0);
+// Takes the slots that can't come from evicting blocks of their own size class, or none at all.
+bool Residency::take_short(Arena& arena, const IdleCounts& idle, const Need& need,
+                           bool spare_protected, Taken& taken) const {
+  // Alone, a class may cut whole slabs; beside others it leaves them what it doesn't need.
+  for (const auto& [slot_nbytes, num_slots] : need) {
+    const auto found = idle.find(slot_nbytes);
+    const IdleCount count = found == idle.end() ? IdleCount{} : found->second;
+    const std::uint64_t evictable = count.all - (spare_protected ? count.protected_ : 0);
+    std::vector<Slot>& slots = taken[slot_nbytes];
+    while (slots.size() + evictable < num_slots) {
+      const std::uint64_t missing = num_slots - evictable - slots.size();
+      const auto slot = arena.take(slot_nbytes, need.size() > 1 ? missing : kMaxSlotsPerSlab);
+      if (slot) {
+        slots.push_back(*slot);
+        continue;
+      }
+      for (const auto& [nbytes, given] : taken)
+        for (Slot back : given) arena.give(back);
+      return false;
+    }
+  }
+  return true;
 }
 
 // Protected blocks go last: first among the others, then, for demand alone, among all.
@@ -87,78 +116,90 @@ Victim Residency::remove(Block& block, bool slot_reused) {
 void Residency::forget(Block& block) {
   count_idle(block, -1);
   if (block.guessed) nbytes_guessed_ -= block.slot_nbytes;
-  nbytes_used_ -= block.slot_nbytes;
   arena_.give(block.slot);
   blocks_.erase(block.key);
 }
 
-// Another size class holds the arena: take whole slabs from it, least used first.
-bool Residency::make_slab_room(std::uint64_t slot_nbytes, std::uint64_t num_slots,
-                               std::vector<Victim>& victims) {
+// Other size classes hold the arena, or it is in pieces: empty whole slabs, of classes that aren't
+// needed first, least used first.
+bool Residency::make_room(const Need& need, std::vector<Victim>& victims) {
+  const auto uses = survey();
   std::vector<Arena::Slab> idle;
   for (const auto& [offset, slab] : arena_.slabs())
-    if (slab.slot_nbytes != slot_nbytes && slab_is_idle(slab)) idle.push_back(slab);
-  std::stable_sort(idle.begin(), idle.end(), [](const Arena::Slab& a, const Arena::Slab& b) {
+    if (uses.at(offset).idle) idle.push_back(slab);
+  std::stable_sort(idle.begin(), idle.end(), [&](const Arena::Slab& a, const Arena::Slab& b) {
+    const bool a_needed = need.count(a.slot_nbytes), b_needed = need.count(b.slot_nbytes);
+    if (a_needed != b_needed) return b_needed;
     return a.num_used * a.slot_nbytes < b.num_used * b.slot_nbytes;
   });
 
   // Rehearse on a copy of the accounts: nothing may change if it isn't enough.
-  const auto enough = [&](const Arena& arena) {
-    return arena.num_available(slot_nbytes) + num_evictable(slot_nbytes, false) >= num_slots;
-  };
   Arena rehearsal = arena_;
-  std::size_t num_taken = 0;
-  while (!enough(rehearsal)) {
-    if (num_taken == idle.size()) return false;
-    const Arena::Slab& slab = idle[num_taken++];
-    blocks_.each([&](Key, const std::unique_ptr<Block>& block) {
-      if (arena_.slab_of(block->slot).offset == slab.offset) rehearsal.give(block->slot);
-    });
+  IdleCounts counts = idle_;
+  std::size_t num_emptied = 0;
+  for (bool enough = false; !enough;) {
+    if (num_emptied == idle.size()) return false;
+    const Arena::Slab& slab = idle[num_emptied++];
+    for (Key key : uses.at(slab.offset).keys) {
+      const Block& block = **blocks_.find(key);
+      rehearsal.give(block.slot);
+      --counts[slab.slot_nbytes].all;
+    }
     rehearsal.release_slab(slab.offset);
+    Arena trial = rehearsal;
+    Taken taken;
+    enough = take_short(trial, counts, need, false, taken);
   }
-  for (std::size_t i = 0; i < num_taken; ++i) {
-    empty_slab(idle[i], victims);
-    arena_.release_slab(idle[i].offset);
-  }
+  for (std::size_t i = 0; i < num_emptied; ++i)
+    empty_slab(idle[i].offset, uses.at(idle[i].offset), victims);
   return true;
 }
 
-bool Residency::slab_is_idle(const Arena::Slab& slab) const {
-  for (Slot slot : held_)
-    if (slot >= slab.offset && slot < slab.offset + slab.nbytes()) return false;
-  bool idle = true;
-  blocks_.each([&](Key, const std::unique_ptr<Block>& block) {
-    if (arena_.slab_of(block->slot).offset == slab.offset) idle &= evictable(*block);
+// Which blocks lie in which slab, and whether the slab could be emptied now.
+std::map<std::uint64_t, Residency::SlabUse> Residency::survey() const {
+  std::map<std::uint64_t, SlabUse> uses;
+  for (const auto& [offset, slab] : arena_.slabs()) uses[offset];
+  for (Slot slot : held_) uses[arena_.slab_of(slot).offset].idle = false;
+  blocks_.each([&](Key key, const std::unique_ptr<Block>& block) {
+    SlabUse& use = uses[arena_.slab_of(block->slot).offset];
+    use.idle &= evictable(*block);
+    use.keys.push_back(key);
   });
-  return idle;
+  return uses;
 }
 
-void Residency::empty_slab(const Arena::Slab& slab, std::vector<Victim>& victims) {
-  std::vector<Key> inside;
-  blocks_.each([&](Key key, const std::unique_ptr<Block>& block) {
-    if (arena_.slab_of(block->slot).offset == slab.offset) inside.push_back(key);
-  });
-  for (Key key : inside) {
+void Residency::empty_slab(std::uint64_t offset, const SlabUse& use, std::vector<Victim>& victims) {
+  for (Key key : use.keys) {
     policy_->erase(key);
     victims.push_back(remove(*find(key), false));
   }
+  arena_.release_slab(offset);
 }
 
 bool Residency::resize(std::uint64_t budget, std::vector<Arena::Slab>& released) {
-  std::vector<Victim> victims;
   arena_.set_budget(budget);
-  while (arena_.nbytes_cut() > budget) {
-    // From the top, so that what stays is contiguous.
-    const Arena::Slab* top = nullptr;
-    for (auto slab = arena_.slabs().rbegin(); slab != arena_.slabs().rend() && !top; ++slab)
-      if (slab_is_idle(slab->second)) top = &slab->second;
-    if (top == nullptr) return false;
-    const Arena::Slab slab = *top;
-    empty_slab(slab, victims);
-    arena_.release_slab(slab.offset);
-    released.push_back(slab);
+  if (arena_.nbytes_cut() <= budget) return true;
+  std::vector<Victim> victims;
+  const auto uses = survey();
+  // From the top, so that what stays is contiguous.
+  for (auto use = uses.rbegin(); use != uses.rend() && arena_.nbytes_cut() > budget; ++use) {
+    if (!use->second.idle) continue;
+    released.push_back(arena_.slabs().at(use->first));
+    empty_slab(use->first, use->second, victims);
   }
-  return true;
+  // Slabs with pins in them stay for now; the other blocks in them needn't.
+  while (arena_.nbytes_used() > budget) {
+    const auto key = policy_->evict([&](Key key) { return evictable(*find(key)); });
+    if (!key) break;
+    victims.push_back(remove(*find(*key), false));
+  }
+  return arena_.nbytes_cut() <= budget;
+}
+
+bool Residency::quiet() const {
+  std::uint64_t num_idle = 0;
+  for (const auto& [slot_nbytes, count] : idle_) num_idle += count.all;
+  return num_idle == blocks_.size() && held_.empty();
 }
 
 void Residency::use(Block& block) {

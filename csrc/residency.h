@@ -8,8 +8,8 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
-#include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
@@ -88,7 +88,9 @@ class Residency {
   std::size_t num_blocks() const { return blocks_.size(); }
   std::uint64_t num_evictions() const { return num_evictions_; }
   std::uint64_t nbytes_guessed() const { return nbytes_guessed_; }
-  std::uint64_t nbytes_used() const { return nbytes_used_; }
+  std::uint64_t nbytes_used() const { return arena_.nbytes_used(); }
+  /// Whether nothing is pinned, in flight or held: then any event of at most the budget fits.
+  bool quiet() const;
 
   template <class Visit>
   void each(Visit&& visit) {
@@ -99,11 +101,23 @@ class Residency {
   bool evictable(const Block& block) const {
     return block.state == State::ready && block.pins == 0;
   }
-  std::uint64_t num_evictable(std::uint64_t slot_nbytes, bool spare_protected) const;
-  bool make_slab_room(std::uint64_t slot_nbytes, std::uint64_t num_slots,
-                      std::vector<Victim>& victims);
-  bool slab_is_idle(const Arena::Slab& slab) const;
-  void empty_slab(const Arena::Slab& slab, std::vector<Victim>& victims);
+  /// Slots by size class.
+  using Need = std::map<std::uint64_t, std::uint64_t>;
+  struct IdleCount {
+    std::uint64_t all = 0, protected_ = 0;
+  };
+  using IdleCounts = std::map<std::uint64_t, IdleCount>;  // evictable blocks by slot_nbytes
+  using Taken = std::map<std::uint64_t, std::vector<Slot>>;
+  struct SlabUse {
+    bool idle = true;
+    std::vector<Key> keys;
+  };
+
+  bool take_short(Arena& arena, const IdleCounts& idle, const Need& need, bool spare_protected,
+                  Taken& taken) const;
+  bool make_room(const Need& need, std::vector<Victim>& victims);
+  std::map<std::uint64_t, SlabUse> survey() const;
+  void empty_slab(std::uint64_t offset, const SlabUse& use, std::vector<Victim>& victims);
   void evict_one(std::uint64_t slot_nbytes, bool spare_protected, std::vector<Victim>& victims);
   Victim remove(Block& block, bool slot_reused);
   void forget(Block& block);
@@ -112,14 +126,10 @@ class Residency {
   Arena arena_;
   std::unique_ptr<EvictionPolicy> policy_;
   FlatMap<std::unique_ptr<Block>> blocks_;
-  struct IdleCount {
-    std::uint64_t all = 0, protected_ = 0;
-  };
-  std::unordered_map<std::uint64_t, IdleCount> idle_;  // evictable blocks by slot_nbytes
+  IdleCounts idle_;
   std::unordered_set<Slot> held_;
   std::uint64_t num_evictions_ = 0;
   std::uint64_t nbytes_guessed_ = 0;
-  std::uint64_t nbytes_used_ = 0;
 };
 
 }  // namespace tiered_mem

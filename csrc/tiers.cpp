@@ -11,14 +11,10 @@ namespace {
 
 // Guesses hold at most this share of HBM, so that a bad predictor can't empty the tier.
 constexpr std::uint64_t kGuessShare = 8;
-// How long a waiting thread goes without looking whether it was interrupted.
-constexpr std::chrono::milliseconds kPollEvery{100};
 
-void check_distinct(const std::vector<Key>& keys) {
-  std::vector<Key> sorted = keys;
-  std::sort(sorted.begin(), sorted.end());
-  if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end())
-    throw ConfigError("the keys of an event are distinct; this one names a block twice");
+std::size_t checked_num_threads(std::size_t num_threads) {
+  if (num_threads == 0) throw ConfigError("num_io_threads is 0; it must be at least 1");
+  return num_threads;
 }
 
 }  // namespace
@@ -30,12 +26,22 @@ Tiers::Tiers(const TiersConfig& config, std::unique_ptr<Device> device, Poll pol
       dram_(Arena(config.dram_nbytes, config.dram_reserved), make_policy(config.eviction)),
       has_dram_(config.dram_nbytes > 0),
       max_guessed_nbytes_(config.hbm_nbytes / kGuessShare),
-      engine_(config.num_io_threads, *device_) {
+      engine_(checked_num_threads(config.num_io_threads), *device_) {
   hbm_memory_ = device_->allocate(hbm_.arena().reserved());
   dram_memory_ = make_host_device()->allocate(dram_.arena().reserved());
 }
 
 Tiers::~Tiers() { close(); }
+
+void Tiers::destroy(Tiers* tiers) {
+  if (!tiers->forked()) delete tiers;
+}
+
+Tiers::Lock Tiers::lock() {
+  if (forked())
+    throw RuntimeClosed("a runtime stays in the process that made it; make one in the child");
+  return Lock(mutex_);
+}
 
 void Tiers::check_open() const {
   if (closed_) throw RuntimeClosed("the runtime is closed; wrap the model again to use it");
@@ -44,8 +50,16 @@ void Tiers::check_open() const {
 void Tiers::add_blocks(const std::vector<Key>& keys, std::vector<Source> extents) {
   if (keys.size() != extents.size())
     throw ConfigError("add_blocks: as many extents as keys, please");
-  Lock lock(mutex_);
+  const Lock held = lock();
   check_open();
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    if (!extents[i] || extents[i]->nbytes == 0)
+      throw ConfigError("block " + std::to_string(keys[i]) + " is empty: a block has bytes");
+    const Source* known = sources_.find(keys[i]);
+    if (known != nullptr && (*known)->nbytes != extents[i]->nbytes)
+      throw ConfigError("block " + std::to_string(keys[i]) +
+                        " is known with another size: remove its space first");
+  }
   for (std::size_t i = 0; i < keys.size(); ++i) sources_.put(keys[i], std::move(extents[i]));
 }
 
@@ -59,7 +73,7 @@ const Tiers::Source& Tiers::source_of(Key key) const {
 bool Tiers::resident(Key key) { return num_resident(&key, 1) == 1; }
 
 std::size_t Tiers::num_resident(const Key* keys, std::size_t num_keys) {
-  Lock lock(mutex_);
+  const Lock held = lock();
   return static_cast<std::size_t>(std::count_if(keys, keys + num_keys, [this](Key key) {
     const Block* block = hbm_.find(key);
     return block != nullptr && block->state == State::ready;
@@ -67,190 +81,9 @@ std::size_t Tiers::num_resident(const Key* keys, std::size_t num_keys) {
 }
 
 std::uint64_t Tiers::max_event(std::uint64_t nbytes) {
-  Lock lock(mutex_);
+  if (nbytes == 0) throw ConfigError("max_event: a block has bytes");
+  const Lock held = lock();
   return hbm_.arena().max_slots(round_to_pages(nbytes));
-}
-
-// --- events ---
-
-std::shared_ptr<Event> Tiers::acquire(const Key* keys, std::size_t num_keys, std::uint64_t stream,
-                                      bool wait) {
-  auto event = std::make_shared<Event>(shared_from_this(), num_keys);
-  event->released_ = true;  // until it holds pins
-  event->keys_.assign(keys, keys + num_keys);
-  check_distinct(event->keys_);
-  Lock lock(mutex_);
-  for (;;) {
-    check_open();
-    const Admission admission = try_acquire(*event);
-    if (admission == Admission::ok) break;
-    if (admission == Admission::too_large)
-      throw EventTooLarge("an event of " + std::to_string(num_keys) + " blocks of " +
-                          std::to_string(source_of(keys[0])->nbytes) +
-                          " bytes doesn't fit the HBM budget of " +
-                          std::to_string(hbm_.arena().budget()) +
-                          " bytes; raise hbm or split the event into waves");
-    if (!wait) return nullptr;
-    wait_changed(lock);
-  }
-  event->released_ = false;
-  event->memory_ = hbm_memory_;
-  ++clock_;
-  ++stats_.num_events;
-  settle_hints(*event, stream);
-  return event;
-}
-
-Admission Tiers::try_acquire(Event& event) {
-  const std::size_t num_keys = event.keys_.size();
-  std::vector<Wanted> wanted;
-  std::vector<Block*> present(num_keys, nullptr);
-  for (std::size_t i = 0; i < num_keys; ++i) {
-    present[i] = find_usable(event.keys_[i]);
-    if (present[i] == nullptr)
-      wanted.push_back({event.keys_[i], source_of(event.keys_[i])->nbytes});
-    else if (!can_join(*present[i]))
-      return Admission::busy;
-  }
-
-  // Pins first, so that making room for the missing keys can't evict the present ones.
-  std::vector<Victim> victims;
-  for (Block* block : present)
-    if (block != nullptr) hbm_.pin(*block);
-  const Admission admission =
-      wanted.empty() ? Admission::ok : hbm_.admit(wanted, Entry::demanded, victims);
-  if (admission != Admission::ok) {
-    for (Block* block : present)
-      if (block != nullptr) hbm_.unpin(*block);
-    return admission;
-  }
-  handle_victims(victims);
-
-  event.slots_.resize(num_keys);
-  event.tickets_.resize(num_keys);
-  for (std::size_t i = 0; i < num_keys; ++i) {
-    if (present[i] != nullptr)
-      join(event, i, *present[i]);
-    else
-      load(event, i, *hbm_.find(event.keys_[i]));
-  }
-  event.num_pending_ = num_keys - event.ready_.size();
-  return Admission::ok;
-}
-
-// A load that ended without its bytes, not yet in the accounts, makes its block absent.
-Block* Tiers::find_usable(Key key) {
-  Block* block = hbm_.find(key);
-  if (block == nullptr || block->state != State::loading) return block;
-  const Ticket ticket = loads_.at(key);
-  if (!ticket->ended() || ticket->status() == Transfer::Status::done) return block;
-  settle_load(key, *ticket);
-  return hbm_.find(key);
-}
-
-// Another event's failed block can't be joined: it goes with that event.
-bool Tiers::can_join(const Block& block) {
-  if (block.state != State::loading) return block.state == State::ready;
-  const Ticket ticket = loads_.at(block.key);
-  return engine_.raise(ticket) || ticket->status() == Transfer::Status::done;
-}
-
-void Tiers::join(Event& event, std::size_t position, Block& block) {
-  if (block.guessed) {
-    ++stats_.num_prefetched_used;
-    stats_.nbytes_prefetch_used += block.slot_nbytes;
-  }
-  hbm_.use(block);
-  event.slots_[position] = block.slot;
-  if (block.state == State::ready) {
-    ++stats_.num_hbm_hits;
-    event.ready_.push_back(static_cast<std::uint32_t>(position));
-  } else {
-    ++stats_.num_in_flight;
-    event.tickets_[position] = loads_.at(block.key);
-  }
-}
-
-void Tiers::load(Event& event, std::size_t position, Block& block) {
-  hbm_.pin(block);
-  event.slots_[position] = block.slot;
-  event.tickets_[position] = start_load(block, Priority::demand, 0);
-  if (event.tickets_[position]->link == Link::dram_to_hbm) {
-    ++stats_.num_dram_hits;
-    return;
-  }
-  ++stats_.num_nvme_reads;
-  stats_.nbytes_missed += event.tickets_[position]->nbytes;
-}
-
-void Tiers::release(Event& event) {
-  {
-    Lock lock(mutex_);
-    for (Key key : event.keys_) hbm_.unpin(*hbm_.find(key));
-    finish_resize();
-  }
-  changed_.notify_all();
-}
-
-// A waiting thread looks up now and then whether it was interrupted.
-void Tiers::wait_changed(Lock& lock) {
-  if (changed_.wait_for(lock, kPollEvery) == std::cv_status::no_timeout) return;
-  lock.unlock();
-  poll_();
-  lock.lock();
-}
-
-Event::Event(std::shared_ptr<Tiers> tiers, std::size_t num_keys) : tiers_(std::move(tiers)) {
-  keys_.reserve(num_keys);
-}
-
-Event::~Event() { release(); }
-
-void Event::release() {
-  if (released_) return;
-  released_ = true;
-  tiers_->release(*this);
-}
-
-std::vector<std::uint32_t> Event::wait_any(std::vector<Failure>& failures) {
-  std::vector<std::uint32_t> positions;
-  positions.swap(ready_);
-  if (num_pending_ == 0) return positions;
-  const auto started = std::chrono::steady_clock::now();
-  bool waited = false;
-  Tiers::Lock lock(tiers_->mutex_);
-  for (;;) {
-    for (std::uint32_t i = 0; i < tickets_.size(); ++i) {
-      const auto& ticket = tickets_[i];
-      if (!ticket || !ticket->ended()) continue;
-      if (ticket->status() == Transfer::Status::cancelled) tiers_->check_open();
-      if (ticket->status() == Transfer::Status::done)
-        positions.push_back(i);
-      else
-        failures.push_back({i, ticket->error()});
-      tickets_[i] = nullptr;
-      --num_pending_;
-    }
-    if (!positions.empty() || !failures.empty() || num_pending_ == 0) break;
-    tiers_->check_open();
-    waited = true;
-    tiers_->wait_changed(lock);
-  }
-  if (waited)
-    tiers_->stats_.stall_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(
-                                   std::chrono::steady_clock::now() - started)
-                                   .count();
-  return positions;
-}
-
-void Event::repaired(std::uint32_t position) {
-  Tiers::Lock lock(tiers_->mutex_);
-  Block* block = tiers_->hbm_.find(keys_.at(position));
-  if (block == nullptr || block->state != State::failed) return;
-  tiers_->hbm_.mark_ready(*block);
-  ++tiers_->stats_.num_repaired;
-  lock.unlock();
-  tiers_->changed_.notify_all();
 }
 
 // --- transfers ---
@@ -287,11 +120,12 @@ void Tiers::on_load_end(Key key, const Transfer& transfer) {
   {
     Lock lock(mutex_);
     settle_load(key, transfer);
+    finish_resize();
   }
   changed_.notify_all();
 }
 
-// Does the accounts of an ended load, once: an acquire that finds it ended may come first.
+// Does the accounts of an ended load, once: an event that finds it ended may come first.
 void Tiers::settle_load(Key key, const Transfer& transfer) {
   const auto found = loads_.find(key);
   if (found == loads_.end() || found->second.get() != &transfer) return;
@@ -299,8 +133,8 @@ void Tiers::settle_load(Key key, const Transfer& transfer) {
   loads_.erase(found);
   if (transfer.link == Link::dram_to_hbm) {
     Block& copy = *dram_.find(key);
-    dram_.unpin(copy);
     dram_.demote_rank(copy);
+    dram_.unpin(copy);
   }
   Block& block = *hbm_.find(key);
   switch (transfer.status()) {
@@ -328,9 +162,13 @@ void Tiers::handle_victims(const std::vector<Victim>& victims) {
   }
 }
 
-// Copies a block that leaves HBM to DRAM, unless it still lies there or DRAM has no room now.
+// Copies a block that leaves HBM to DRAM, unless it still lies there (then it is fresh again) or
+// DRAM has no room now.
 Tiers::Ticket Tiers::start_demotion(const Victim& victim) {
-  if (dram_.find(victim.key) != nullptr) return nullptr;
+  if (Block* copy = dram_.find(victim.key)) {
+    dram_.use(*copy);
+    return nullptr;
+  }
   std::vector<Victim> dropped;
   if (dram_.admit({{victim.key, victim.nbytes}}, Entry::demanded, dropped) != Admission::ok)
     return nullptr;
@@ -354,15 +192,18 @@ void Tiers::on_demotion_end(Key key, Slot hbm_slot, const Transfer& transfer) {
   {
     Lock lock(mutex_);
     demotions_.erase(key);
-    hbm_.unhold(hbm_slot);
+    // The slot's next owner may have come and be leaving by now.
     if (const auto found = leaving_.find(hbm_slot);
-        found != leaving_.end() && found->second.get() == &transfer)
+        found != leaving_.end() && found->second.get() == &transfer) {
       leaving_.erase(found);
+      hbm_.unhold(hbm_slot);
+    }
     Block& block = *dram_.find(key);
     if (transfer.status() == Transfer::Status::done)
       dram_.mark_ready(block);
     else
       dram_.mark_failed(block);
+    finish_resize();
   }
   changed_.notify_all();
 }
@@ -371,12 +212,14 @@ void Tiers::on_demotion_end(Key key, Slot hbm_slot, const Transfer& transfer) {
 
 void Tiers::hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bool exact) {
   if (num_keys == 0) return;
-  Lock lock(mutex_);
+  const Lock held = lock();
   check_open();
   const Partition partition = partition_of(keys[0]);
-  for (std::size_t i = 0; i < num_keys; ++i)
+  for (std::size_t i = 0; i < num_keys; ++i) {
     if (partition_of(keys[i]) != partition)
       throw ConfigError("the keys of a hint are of one layer");
+    source_of(keys[i]);
+  }
   for (const Hint& stale : hints_.take(stream, partition)) drop_hint(stale);
   std::vector<Hint> hints;
   for (std::uint32_t rank = 0; rank < num_keys; ++rank)
@@ -389,6 +232,7 @@ void Tiers::hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bo
 
   for (const Hint& hint : hints) {
     if (!hint.missing || !(exact || hints_.pays(partition, hint.rank))) continue;
+    if (hbm_.find(hint.key) != nullptr) continue;  // named twice
     const std::uint64_t nbytes = round_to_pages(source_of(hint.key)->nbytes);
     if (hbm_.nbytes_guessed() + nbytes > std::max(max_guessed_nbytes_, nbytes)) break;
     std::vector<Victim> victims;
@@ -403,11 +247,11 @@ void Tiers::hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bo
     drop_hint(forgotten);
 }
 
-// The router has spoken: wrong hints are cancelled. Right ones have become demands in `acquire`.
-void Tiers::settle_hints(const Event& event, std::uint64_t stream) {
+// The router has spoken: wrong hints are cancelled. Right ones become demands in `try_acquire`.
+void Tiers::settle_hints(const Event& event) {
   if (event.keys_.empty()) return;
   const Partition partition = partition_of(event.keys_[0]);
-  for (const Hint& hint : hints_.take(stream, partition)) {
+  for (const Hint& hint : hints_.take(event.stream_, partition)) {
     const bool right =
         std::find(event.keys_.begin(), event.keys_.end(), hint.key) != event.keys_.end();
     hints_.judge(partition, hint, right);
@@ -419,21 +263,20 @@ void Tiers::drop_hint(const Hint& hint) {
   Block* block = hbm_.find(hint.key);
   if (block == nullptr) return;
   hbm_.protect(*block, false);
-  if (!block->guessed || block->state != State::loading) return;
-  const Ticket ticket = loads_.at(hint.key);
-  if (engine_.cancel(ticket)) settle_load(hint.key, *ticket);
+  if (block->guessed && block->state == State::loading) cancel_load(hint.key);
 }
 
 std::map<Partition, HintBook::Precision> Tiers::precision() {
-  Lock lock(mutex_);
+  const Lock held = lock();
   return hints_.precision();
 }
 
 // --- the rest of a runtime's life ---
 
 void Tiers::remove_space(std::uint8_t space) {
-  Lock lock(mutex_);
-  for (;;) {
+  Lock held = lock();
+  hints_.forget(space);
+  for (Clock::time_point next_poll{};;) {
     if (closed_) return;
     std::vector<Key> left;
     bool busy = false;
@@ -442,15 +285,12 @@ void Tiers::remove_space(std::uint8_t space) {
     });
     for (Key key : left) {
       Block& block = *hbm_.find(key);
-      if (block.state == State::loading && block.pins == 0 && loads_.count(key)) {
-        const Ticket ticket = loads_.at(key);
-        if (engine_.cancel(ticket)) settle_load(key, *ticket);
+      if (block.pins > 0)
         busy = true;
-      } else if (block.pins > 0) {
-        busy = true;
-      } else {
+      else if (block.state == State::loading)
+        busy |= !cancel_load(key);
+      else
         hbm_.drop(block);
-      }
     }
     left.clear();
     dram_.each([&](Block& block) {
@@ -464,7 +304,7 @@ void Tiers::remove_space(std::uint8_t space) {
         dram_.drop(block);
     }
     if (!busy) break;
-    wait_changed(lock);
+    wait_changed(held, next_poll);
   }
   std::vector<Key> known;
   sources_.each([&](Key key, const Source&) {
@@ -489,27 +329,36 @@ void Tiers::finish_resize() {
 }
 
 bool Tiers::resize_hbm(std::uint64_t nbytes) {
-  Lock lock(mutex_);
+  const Lock held = lock();
   check_open();
+  const bool complete = resize(hbm_, *hbm_memory_, nbytes);
   max_guessed_nbytes_ = nbytes / kGuessShare;
-  return resize(hbm_, *hbm_memory_, nbytes);
+  changed_.notify_all();
+  return complete;
 }
 
 bool Tiers::resize_dram(std::uint64_t nbytes) {
-  Lock lock(mutex_);
+  const Lock held = lock();
   check_open();
+  const bool complete = resize(dram_, *dram_memory_, nbytes);
   has_dram_ = nbytes > 0;
-  return resize(dram_, *dram_memory_, nbytes);
+  return complete;
+}
+
+void Tiers::throttle(Link link, double bytes_per_second) {
+  if (!(bytes_per_second >= 0)) throw ConfigError("a link's rate is at least 0 bytes per second");
+  const Lock held = lock();
+  engine_.throttle(link, bytes_per_second);
 }
 
 std::shared_ptr<Memory> Tiers::hbm_memory() {
-  Lock lock(mutex_);
+  const Lock held = lock();
   check_open();
   return hbm_memory_;
 }
 
 TiersStats Tiers::stats() {
-  Lock lock(mutex_);
+  const Lock held = lock();
   TiersStats now = stats_;
   now.num_evictions = hbm_.num_evictions();
   for (std::size_t i = 0; i < kNumLinks; ++i)
@@ -518,21 +367,23 @@ TiersStats Tiers::stats() {
 }
 
 std::uint64_t Tiers::hbm_nbytes_used() {
-  Lock lock(mutex_);
+  const Lock held = lock();
   return hbm_.nbytes_used();
 }
 
 std::uint64_t Tiers::dram_nbytes_used() {
-  Lock lock(mutex_);
+  const Lock held = lock();
   return dram_.nbytes_used();
 }
 
 bool Tiers::closed() {
-  Lock lock(mutex_);
+  if (forked()) return true;
+  const Lock held = lock();
   return closed_;
 }
 
 void Tiers::close() {
+  if (forked()) return;
   {
     Lock lock(mutex_);
     if (closed_) return;

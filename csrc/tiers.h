@@ -10,7 +10,9 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <condition_variable>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -22,6 +24,7 @@
 #include "device.h"
 #include "direct_io.h"
 #include "hints.h"
+#include "process.h"
 #include "residency.h"
 #include "transfer.h"
 
@@ -58,7 +61,7 @@ struct TiersStats {
 
 class Tiers;
 
-/// A layer step and all its keys: pinned in HBM until `release`. Used by one thread.
+/// A layer step and all its keys: pinned in HBM until `release`. Meant for one thread at a time.
 class Event {
  public:
   struct Failure {
@@ -66,7 +69,7 @@ class Event {
     std::exception_ptr error;
   };
 
-  Event(std::shared_ptr<Tiers> tiers, std::size_t num_keys);
+  Event(std::shared_ptr<Tiers> tiers, const Key* keys, std::size_t num_keys, std::uint64_t stream);
   ~Event();
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
@@ -76,21 +79,28 @@ class Event {
   const std::vector<Slot>& slots() const { return slots_; }
   /// Positions whose bytes are in place and that no earlier call returned. Waits until there is
   /// one; empty when all have been returned. `failures` gets the positions whose transfer failed.
+  /// Throws RuntimeClosed, ConfigError after `release`.
   std::vector<std::uint32_t> wait_any(std::vector<Failure>& failures);
-  /// The caller has filled the slot of a failed position itself.
+  /// The caller has filled the slot of a failed position itself. Throws ConfigError after
+  /// `release`, std::out_of_range.
   void repaired(std::uint32_t position);
+  /// Ends the pins: the slots may be filled with other blocks from now on. A second call does
+  /// nothing.
   void release();
 
  private:
   friend class Tiers;
+  void check_held() const;
+
   std::shared_ptr<Tiers> tiers_;
   std::shared_ptr<Memory> memory_;  // outlives the runtime while somebody may still read a slot
   std::vector<Key> keys_;
+  std::uint64_t stream_;
   std::vector<Slot> slots_;
   std::vector<std::shared_ptr<Transfer>> tickets_;  // by position; null when returned or resident
   std::vector<std::uint32_t> ready_;
   std::size_t num_pending_ = 0;
-  bool released_ = false;
+  bool released_ = true;  // until it holds pins
 };
 
 class Tiers : public std::enable_shared_from_this<Tiers> {
@@ -98,10 +108,16 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   /// Called now and then, without the lock, by a thread that waits; throws to give up.
   using Poll = std::function<void()>;
 
+  /// Throws ConfigError, BudgetError if the memory can't be reserved.
   Tiers(const TiersConfig& config, std::unique_ptr<Device> device, Poll poll);
   ~Tiers();
+  /// What the owners of a `Tiers` must delete it by: in a forked child it is left alone, since
+  /// its threads, and whoever held its locks, aren't there. Every other call in a child throws
+  /// RuntimeClosed.
+  static void destroy(Tiers* tiers);
 
-  /// Tells where blocks come from. Replaces what was known of a key.
+  /// Tells where blocks come from. Replaces what was known of a key, but for its size. Throws
+  /// ConfigError.
   void add_blocks(const std::vector<Key>& keys, std::vector<std::shared_ptr<const Extent>> extents);
   /// Forgets all blocks of a model, waiting for its transfers and events.
   void remove_space(std::uint8_t space);
@@ -109,6 +125,10 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   /// Pins all keys of an event (distinct, known) and starts what is missing. Waits while other
   /// events' pins are in the way, or, if `wait` is false, returns nullptr. Throws EventTooLarge
   /// if the tier can't hold the event, RuntimeClosed, ConfigError for an unknown key.
+  ///
+  /// Waiting events are served in the order they came, so that small ones can't starve a large
+  /// one. A stream (a sequence of events, such as a thread's) that holds an event goes ahead of
+  /// those that wait: they may be waiting for it.
   std::shared_ptr<Event> acquire(const Key* keys, std::size_t num_keys, std::uint64_t stream,
                                  bool wait);
 
@@ -120,10 +140,12 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   std::size_t num_resident(const Key* keys, std::size_t num_keys);
   /// The most blocks of this size that an event can hold.
   std::uint64_t max_event(std::uint64_t nbytes);
-  /// False if pins or transfers hold memory back: it is given back as they end.
+  /// False if pins or transfers hold memory back: it is given back as they end. Throws
+  /// BudgetError above what was reserved.
   bool resize_hbm(std::uint64_t nbytes);
   bool resize_dram(std::uint64_t nbytes);
-  void throttle(Link link, double bytes_per_second) { engine_.throttle(link, bytes_per_second); }
+  /// Throws ConfigError for a negative rate; 0 is no limit.
+  void throttle(Link link, double bytes_per_second);
 
   TiersStats stats();
   std::map<Partition, HintBook::Precision> precision();
@@ -137,9 +159,12 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
  private:
   friend class Event;
   using Lock = std::unique_lock<std::mutex>;
+  using Clock = std::chrono::steady_clock;
   using Ticket = std::shared_ptr<Transfer>;
   using Source = std::shared_ptr<const Extent>;
 
+  bool forked() const { return generation_ != process_generation(); }
+  Lock lock();
   void check_open() const;
   const Source& source_of(Key key) const;
   Admission try_acquire(Event& event);
@@ -147,7 +172,10 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   bool can_join(const Block& block);
   void join(Event& event, std::size_t position, Block& block);
   void load(Event& event, std::size_t position, Block& block);
-  void settle_hints(const Event& event, std::uint64_t stream);
+  void wait_for_room(Lock& lock, Event& event);
+  bool cancel_guesses(const Event& event);
+  bool cancel_load(Key key);
+  void settle_hints(const Event& event);
   void drop_hint(const Hint& hint);
   Ticket start_load(Block& block, Priority priority, std::uint32_t rank);
   Ticket start_demotion(const Victim& victim);
@@ -155,13 +183,14 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   void on_load_end(Key key, const Transfer& transfer);
   void on_demotion_end(Key key, Slot hbm_slot, const Transfer& transfer);
   void settle_load(Key key, const Transfer& transfer);
-  void wait_changed(Lock& lock);
+  void wait_changed(Lock& lock, Clock::time_point& next_poll);
   void release(Event& event);
   bool resize(Residency& residency, Memory& memory, std::uint64_t nbytes);
   void finish_resize();
   std::byte* hbm(Slot slot) const { return hbm_memory_->data() + slot; }
   std::byte* dram(Slot slot) const { return dram_memory_->data() + slot; }
 
+  const unsigned generation_ = process_generation();
   std::unique_ptr<Device> device_;
   Poll poll_;
   std::mutex mutex_;
@@ -175,6 +204,8 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   std::unordered_map<Key, Ticket> loads_;      // into HBM, in flight
   std::unordered_map<Key, Ticket> demotions_;  // into DRAM, in flight
   std::unordered_map<Slot, Ticket> leaving_;   // HBM slots whose last block is being copied out
+  std::deque<const Event*> queue_;             // waiting for room, oldest first
+  std::unordered_map<std::uint64_t, std::uint32_t> holders_;  // unreleased events by stream
   HintBook hints_;
   std::uint64_t clock_ = 0;  // events so far: orders prefetches
   TiersStats stats_;

@@ -100,6 +100,7 @@ bool TransferEngine::cancel(const std::shared_ptr<Transfer>& transfer) {
 void TransferEngine::stop() {
   std::unique_lock lock(mutex_);
   stopping_ = true;
+  pace_changed_.notify_all();
   for (Queue* queue : {&demand_, &prefetch_})
     while (!queue->empty()) {
       const auto transfer = queue->front();
@@ -112,7 +113,8 @@ void TransferEngine::stop() {
 
 void TransferEngine::throttle(Link link, double bytes_per_second) {
   std::lock_guard lock(mutex_);
-  pace_[static_cast<std::size_t>(link)].bytes_per_second = bytes_per_second;
+  pace_[static_cast<std::size_t>(link)] = {bytes_per_second, 0};
+  pace_changed_.notify_all();
 }
 
 std::uint64_t TransferEngine::nbytes_moved(Link link) const {
@@ -177,7 +179,8 @@ void TransferEngine::work() {
     transfer.nbytes_moved_ += nbytes;
     --transfer.num_in_flight_;
     --num_in_flight(transfer);
-    if (error && !transfer.abandoned_) {
+    // A cancelled transfer's error counts too: the transfer may be raised again.
+    if (error && !transfer.error_) {
       transfer.error_ = error;
       transfer.abandoned_ = true;
       Queue& queue = transfer.priority_ == Priority::demand ? demand_ : prefetch_;
@@ -205,12 +208,15 @@ void TransferEngine::move_chunk(const Claim& claim, Scratch& scratch) {
 void TransferEngine::wait_for_turn(Link link, std::uint64_t nbytes,
                                    std::unique_lock<std::mutex>& lock) {
   Pace& pace = pace_[static_cast<std::size_t>(link)];
-  if (pace.bytes_per_second <= 0) return;
-  pace.free_at = std::max(pace.free_at, seconds_now()) + nbytes / pace.bytes_per_second;
+  const double rate = pace.bytes_per_second;
+  if (rate <= 0) return;
+  pace.free_at = std::max(pace.free_at, seconds_now()) + nbytes / rate;
   const double until = pace.free_at;
-  lock.unlock();
-  std::this_thread::sleep_for(std::chrono::duration<double>(until - seconds_now()));
-  lock.lock();
+  while (!stopping_ && pace.bytes_per_second == rate) {
+    const double left = until - seconds_now();
+    if (left <= 0) return;
+    pace_changed_.wait_for(lock, std::chrono::duration<double>(std::min(left, 1.0)));
+  }
 }
 
 // Called with the lock; gives it up for `on_end` and takes it again.

@@ -92,6 +92,7 @@ class TransferEngine {
   void stop();
 
   /// Bytes per second that a link may carry, 0 for no limit: slows a link down to study it.
+  /// Chunks that wait for their turn at the old rate go on at once.
   void throttle(Link link, double bytes_per_second);
 
   /// Bytes of all chunks that were moved, by link, those of cancelled transfers included.
@@ -119,6 +120,7 @@ class TransferEngine {
   mutable std::mutex mutex_;
   std::condition_variable wake_;                  // work came, a dependency ended, or stop
   std::condition_variable quiet_;                 // a transfer ended
+  std::condition_variable pace_changed_;          // a throttle was changed, or stop
   Queue demand_, prefetch_;                       // those with chunks left to claim, oldest first
   std::size_t num_in_flight_[kNumLinks][2] = {};  // chunks by link and priority
   std::size_t num_open_ = 0;                      // submitted and not ended

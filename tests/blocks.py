@@ -92,9 +92,7 @@ def expert(layer: int, index: int, space: int = 0) -> int:
 def uniform(num_layers: int, num_experts: int, nbytes: int) -> dict[int, int]:
     """Sizes for `write_blocks`: layers of experts of one size."""
     return {
-        expert(layer, index): nbytes
-        for layer in range(num_layers)
-        for index in range(num_experts)
+        expert(layer, index): nbytes for layer in range(num_layers) for index in range(num_experts)
     }
 
 

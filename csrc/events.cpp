@@ -1,0 +1,278 @@
+// Events: admission, pins, and waiting for their blocks.
+#include <algorithm>
+#include <chrono>
+#include <string>
+
+#include "error.h"
+#include "tiers.h"
+
+namespace tiered_mem {
+
+namespace {
+
+// How long a waiting thread goes without looking whether it was interrupted.
+constexpr std::chrono::milliseconds kPollEvery{100};
+
+void check_distinct(const std::vector<Key>& keys) {
+  std::vector<Key> sorted = keys;
+  std::sort(sorted.begin(), sorted.end());
+  if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end())
+    throw ConfigError("the keys of an event are distinct; this one names a block twice");
+}
+
+}  // namespace
+
+std::shared_ptr<Event> Tiers::acquire(const Key* keys, std::size_t num_keys, std::uint64_t stream,
+                                      bool wait) {
+  auto event = std::make_shared<Event>(shared_from_this(), keys, num_keys, stream);
+  check_distinct(event->keys_);
+  Lock held = lock();
+  check_open();
+  for (std::size_t i = 0; i < num_keys; ++i) source_of(keys[i]);
+  settle_hints(*event);
+  const bool goes_ahead = queue_.empty() || holders_.count(stream) > 0;
+  if (!goes_ahead || try_acquire(*event) != Admission::ok) {
+    if (!wait) return nullptr;
+    wait_for_room(held, *event);
+  }
+  event->released_ = false;
+  event->memory_ = hbm_memory_;
+  ++holders_[stream];
+  ++clock_;
+  ++stats_.num_events;
+  return event;
+}
+
+// Returns once the event is admitted.
+void Tiers::wait_for_room(Lock& lock, Event& event) {
+  struct Place {  // in the queue, given up however this ends
+    Tiers& tiers;
+    const Event* event;
+    ~Place() {
+      auto& queue = tiers.queue_;
+      queue.erase(std::find(queue.begin(), queue.end(), event));
+      tiers.changed_.notify_all();
+    }
+  };
+  queue_.push_back(&event);
+  const Place place{*this, &event};
+  for (Clock::time_point next_poll{};;) {
+    check_open();
+    if (queue_.front() == &event || holders_.count(event.stream_) > 0) {
+      if (try_acquire(event) == Admission::ok) return;
+      if (cancel_guesses(event)) continue;
+    }
+    wait_changed(lock, next_poll);
+  }
+}
+
+// Demand needs the slots of guesses that are still on their way. True if that freed some at once.
+bool Tiers::cancel_guesses(const Event& event) {
+  std::vector<Key> guesses;
+  for (const auto& [key, ticket] : loads_) {
+    const Block& block = *hbm_.find(key);
+    const auto& own = event.keys_;
+    if (block.guessed && std::find(own.begin(), own.end(), key) == own.end())
+      guesses.push_back(key);
+  }
+  bool any = false;
+  for (Key key : guesses) any |= cancel_load(key);
+  return any;
+}
+
+// True if the load ended by it and its slot is free again.
+bool Tiers::cancel_load(Key key) {
+  const Ticket ticket = loads_.at(key);
+  if (!engine_.cancel(ticket)) return false;
+  settle_load(key, *ticket);
+  return true;
+}
+
+// `ok` or `busy`. Throws EventTooLarge.
+Admission Tiers::try_acquire(Event& event) {
+  const std::size_t num_keys = event.keys_.size();
+  std::vector<Wanted> wanted;
+  std::vector<Block*> present(num_keys, nullptr);
+  std::uint64_t nbytes = 0;
+  for (std::size_t i = 0; i < num_keys; ++i) {
+    present[i] = find_usable(event.keys_[i]);
+    if (present[i] == nullptr)
+      wanted.push_back({event.keys_[i], source_of(event.keys_[i])->nbytes});
+    nbytes += present[i] ? present[i]->slot_nbytes : round_to_pages(wanted.back().nbytes);
+  }
+  if (nbytes > hbm_.arena().budget())
+    throw EventTooLarge("an event of " + std::to_string(num_keys) + " blocks, " +
+                        std::to_string(nbytes) + " bytes, doesn't fit the HBM budget of " +
+                        std::to_string(hbm_.arena().budget()) +
+                        " bytes; raise hbm or split the event into waves");
+  for (const Block* block : present)
+    if (block != nullptr && !can_join(*block)) return Admission::busy;
+
+  // Pins first, so that making room for the missing keys can't evict the present ones.
+  std::vector<Victim> victims;
+  for (Block* block : present)
+    if (block != nullptr) hbm_.pin(*block);
+  if (hbm_.admit(wanted, Entry::demanded, victims) != Admission::ok) {
+    for (Block* block : present)
+      if (block != nullptr) hbm_.unpin(*block);
+    if (wanted.size() == num_keys || !hbm_.quiet()) return Admission::busy;
+    // Only the event's own blocks are in the way, in pieces of the arena: start over without them.
+    for (Block* block : present)
+      if (block != nullptr) hbm_.drop(*block);
+    return try_acquire(event);
+  }
+
+  // What leaves HBM must not push out of DRAM what is about to be read there.
+  std::vector<Block*> copies;
+  for (const Wanted& block : wanted)
+    if (Block* copy = dram_.find(block.key)) copies.push_back(copy);
+  for (Block* copy : copies) dram_.pin(*copy);
+  handle_victims(victims);
+
+  event.slots_.resize(num_keys);
+  event.tickets_.resize(num_keys);
+  for (std::size_t i = 0; i < num_keys; ++i) {
+    if (present[i] != nullptr)
+      join(event, i, *present[i]);
+    else
+      load(event, i, *hbm_.find(event.keys_[i]));
+  }
+  event.num_pending_ = num_keys - event.ready_.size();
+  for (Block* copy : copies) dram_.unpin(*copy);
+  return Admission::ok;
+}
+
+// A load that ended without its bytes, not yet in the accounts, makes its block absent.
+Block* Tiers::find_usable(Key key) {
+  Block* block = hbm_.find(key);
+  if (block == nullptr || block->state != State::loading) return block;
+  const Ticket ticket = loads_.at(key);
+  if (!ticket->ended() || ticket->status() == Transfer::Status::done) return block;
+  settle_load(key, *ticket);
+  return hbm_.find(key);
+}
+
+// Another event's failed block can't be joined: it goes with that event.
+bool Tiers::can_join(const Block& block) {
+  if (block.state != State::loading) return block.state == State::ready;
+  const Ticket ticket = loads_.at(block.key);
+  return engine_.raise(ticket) || ticket->status() == Transfer::Status::done;
+}
+
+void Tiers::join(Event& event, std::size_t position, Block& block) {
+  if (block.guessed) {
+    ++stats_.num_prefetched_used;
+    stats_.nbytes_prefetch_used += block.slot_nbytes;
+  }
+  hbm_.use(block);
+  event.slots_[position] = block.slot;
+  if (block.state == State::ready) {
+    ++stats_.num_hbm_hits;
+    event.ready_.push_back(static_cast<std::uint32_t>(position));
+  } else {
+    ++stats_.num_in_flight;
+    event.tickets_[position] = loads_.at(block.key);
+  }
+}
+
+void Tiers::load(Event& event, std::size_t position, Block& block) {
+  hbm_.pin(block);
+  event.slots_[position] = block.slot;
+  event.tickets_[position] = start_load(block, Priority::demand, 0);
+  if (event.tickets_[position]->link == Link::dram_to_hbm) {
+    ++stats_.num_dram_hits;
+    return;
+  }
+  ++stats_.num_nvme_reads;
+  stats_.nbytes_missed += event.tickets_[position]->nbytes;
+}
+
+void Tiers::release(Event& event) {
+  if (forked()) return;
+  {
+    Lock lock(mutex_);
+    if (event.released_) return;
+    event.released_ = true;
+    for (Key key : event.keys_) hbm_.unpin(*hbm_.find(key));
+    const auto holder = holders_.find(event.stream_);
+    if (--holder->second == 0) holders_.erase(holder);
+    finish_resize();
+  }
+  changed_.notify_all();
+}
+
+// A waiting thread looks now and then whether it was interrupted, other threads' traffic or not.
+void Tiers::wait_changed(Lock& lock, Clock::time_point& next_poll) {
+  if (next_poll == Clock::time_point{}) next_poll = Clock::now() + kPollEvery;
+  changed_.wait_until(lock, next_poll);
+  if (Clock::now() < next_poll) return;
+  struct Unlocked {
+    Lock& lock;
+    explicit Unlocked(Lock& lock) : lock(lock) { lock.unlock(); }
+    ~Unlocked() { lock.lock(); }
+  };
+  {
+    const Unlocked unlocked(lock);
+    poll_();
+  }
+  next_poll = Clock::now() + kPollEvery;
+}
+
+Event::Event(std::shared_ptr<Tiers> tiers, const Key* keys, std::size_t num_keys,
+             std::uint64_t stream)
+    : tiers_(std::move(tiers)), keys_(keys, keys + num_keys), stream_(stream) {}
+
+Event::~Event() { release(); }
+
+void Event::release() { tiers_->release(*this); }
+
+void Event::check_held() const {
+  if (released_) throw ConfigError("the event was released: its slots may hold other blocks");
+}
+
+std::vector<std::uint32_t> Event::wait_any(std::vector<Failure>& failures) {
+  Tiers::Lock lock = tiers_->lock();
+  check_held();
+  std::vector<std::uint32_t> positions;
+  positions.swap(ready_);
+  if (num_pending_ == 0) return positions;
+  const auto started = Tiers::Clock::now();
+  bool waited = false;
+  for (Tiers::Clock::time_point next_poll{};;) {
+    for (std::uint32_t i = 0; i < tickets_.size(); ++i) {
+      const auto ticket = tickets_[i];
+      if (!ticket || !ticket->ended()) continue;
+      tiers_->settle_load(keys_[i], *ticket);
+      if (ticket->status() == Transfer::Status::cancelled) tiers_->check_open();
+      if (ticket->status() == Transfer::Status::done)
+        positions.push_back(i);
+      else
+        failures.push_back({i, ticket->error()});
+      tickets_[i] = nullptr;
+      --num_pending_;
+    }
+    if (!positions.empty() || !failures.empty() || num_pending_ == 0) break;
+    tiers_->check_open();
+    waited = true;
+    tiers_->wait_changed(lock, next_poll);
+    check_held();
+  }
+  if (waited)
+    tiers_->stats_.stall_ns +=
+        std::chrono::duration_cast<std::chrono::nanoseconds>(Tiers::Clock::now() - started).count();
+  return positions;
+}
+
+void Event::repaired(std::uint32_t position) {
+  {
+    const Tiers::Lock lock = tiers_->lock();
+    check_held();
+    Block& block = *tiers_->hbm_.find(keys_.at(position));
+    if (block.state != State::failed) return;
+    tiers_->hbm_.mark_ready(block);
+    ++tiers_->stats_.num_repaired;
+  }
+  tiers_->changed_.notify_all();
+}
+
+}  // namespace tiered_mem
