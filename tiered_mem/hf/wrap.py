@@ -30,7 +30,7 @@ from tiered_mem.hf.experts import IMPLEMENTATIONS, TieredExperts
 from tiered_mem.hf.hollow import hollow_experts, hollow_model
 from tiered_mem.hf.layout import ExpertLayout
 from tiered_mem.hf.loading import default_model_class
-from tiered_mem.hf.pack import block_keys, pack, require_match
+from tiered_mem.hf.pack import open_packed, pack
 from tiered_mem.hf.prefetch import RouterHooks
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.policies.prefetch import Predictor, make_predictor
@@ -379,19 +379,11 @@ def _packed_store(
     checkpoint: Checkpoint, directory: Path, codec: str, progress: Progress | None
 ) -> Store:
     """Open the checkpoint's store for reading, packing what is missing first."""
-    if directory.exists() and any(directory.iterdir()):
+    store = open_packed(checkpoint, directory)
+    if store is None:
+        pack(checkpoint, directory, codec=codec, progress=progress)
         store = Store.open(directory)
-        try:
-            require_match(store, checkpoint)
-            with store.snapshot() as snapshot:
-                if all(key in snapshot for key in block_keys(checkpoint)):
-                    return store
-        except BaseException:
-            store.close()
-            raise
-        store.close()
-    pack(checkpoint, directory, codec=codec, progress=progress)
-    return Store.open(directory)
+    return store
 
 
 def _move_experts(
