@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def write_store(path: Path, num_blocks: int) -> None:
         source = enumerate(blocks(num_blocks))
         for _ in range(0, num_blocks, WRITE_BATCH):
             with store.transaction() as txn:
-                for index, block in take(source, WRITE_BATCH):
+                for index, block in islice(source, WRITE_BATCH):
                     staged[:] = block
                     txn.put(key(index), staged)
 
@@ -106,7 +107,7 @@ def write_lmdb(path: Path, num_blocks: int) -> None:
         source = enumerate(blocks(num_blocks))
         for _ in range(0, num_blocks, WRITE_BATCH):
             with env.begin(write=True) as txn:
-                for index, block in take(source, WRITE_BATCH):
+                for index, block in islice(source, WRITE_BATCH):
                     txn.put(index.to_bytes(8, "big"), block.data)
 
 
@@ -117,10 +118,6 @@ def write_safetensors(path: Path, num_blocks: int) -> None:
     }
     save_file(tensors, path)
     os.sync()
-
-
-def take(source: Iterator[Any], count: int) -> Iterator[Any]:
-    return (item for item, _ in zip(source, range(count), strict=False))
 
 
 @contextmanager

@@ -61,7 +61,7 @@ Extent make_extent(std::shared_ptr<File> file, Codec codec, uint64_t nbytes, uin
   // zstd adds a few bytes to what it can't compress; anything larger wasn't written by us.
   constexpr size_t kMaxStored = kChunkNbytes + kIoAlignment;
   bool sound = codec <= Codec::zstd_planes2 && offset % kIoAlignment == 0;
-  Extent extent{std::move(file), codec, nbytes, {}};
+  Extent extent{std::move(file), codec, nbytes, {}, 0};
   extent.chunks.reserve(num_chunks);
   uint64_t left = nbytes;
   for (size_t i = 0; i < num_chunks; ++i, table += 3) {

@@ -53,6 +53,7 @@ struct Extent {
   Codec codec;
   uint64_t nbytes;  // raw
   std::vector<Chunk> chunks;
+  uint64_t generation = 0;  // grows with every rewrite of the store
 };
 
 // Builds an extent from a catalogue entry: chunks lie one after another from `offset`, each

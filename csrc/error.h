@@ -39,6 +39,7 @@ struct IoError : Error {
 
 // Stored bytes that don't match their checksum. Translated to ChecksumError.
 struct ChecksumMismatch : Error {
+  using Error::Error;
   ChecksumMismatch(const std::string& path, uint64_t offset)
       : Error("checksum mismatch in " + path + " at byte " + std::to_string(offset) +
               ": the stored bytes are damaged, or were rewritten after their snapshot ended") {}

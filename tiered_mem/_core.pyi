@@ -1,8 +1,13 @@
 # The C++ extension, built from csrc/.
 
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
+
+from tiered_mem.errors import TieredMemError
 
 # --- store ---
 
@@ -31,8 +36,125 @@ class Extent:
     @property
     def offset(self) -> int: ...
     @property
+    def generation(self) -> int: ...
+    @property
+    def codec(self) -> int: ...
+    @property
     def num_chunks(self) -> int: ...
     @property
     def stored_nbytes(self) -> int: ...
 
+def parse_entry(file: File, key: bytes, packed: Buffer) -> Extent: ...
 def read_block(extent: Extent, out: Buffer) -> None: ...
+
+# --- residency without bytes ---
+
+class Residency:
+    """One tier's residency and policy, without bytes. Not for several threads."""
+
+    def __init__(self, budget: int, eviction: str = "lru", reserved: int = 0) -> None: ...
+    def admit(
+        self, keys: npt.ArrayLike, nbytes: npt.ArrayLike, guessed: bool = False
+    ) -> tuple[Literal["ok", "busy", "too_large"], list[int]]:
+        """Make room for all blocks, in state loading, or change nothing: (outcome, victims)."""
+    def find(
+        self, key: int
+    ) -> tuple[int, int, int, Literal["loading", "ready", "failed"], bool] | None:
+        """Return (slot, slot_nbytes, pins, state, guessed)."""
+    def use(self, key: int) -> None: ...
+    def pin(self, key: int) -> None: ...
+    def unpin(self, key: int) -> None: ...
+    def mark_ready(self, key: int) -> None: ...
+    def protect(self, key: int, on: bool) -> None: ...
+    def drop(self, key: int) -> None: ...
+    def resize(self, budget: int) -> bool:
+        """Return False while pins hold slabs back: call again when they are gone."""
+    def keys(self) -> list[int]: ...
+    def __len__(self) -> int: ...
+    @property
+    def budget(self) -> int: ...
+    @property
+    def nbytes_used(self) -> int: ...
+    @property
+    def nbytes_cut(self) -> int: ...
+    @property
+    def num_evictions(self) -> int: ...
+
+# --- runtime ---
+
+class Memory(Buffer):
+    """A tier's memory, alive as long as a view of it."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+class Event:
+    """A layer step's keys, pinned in HBM until `release`."""
+
+    @property
+    def slots(self) -> list[int]:
+        """Byte offsets in HBM, by position."""
+    def wait_any(self) -> tuple[list[int], list[tuple[int, TieredMemError]]]:
+        """Wait for (positions newly in place, [(position, error)]); both empty after the last.
+
+        Raises `RuntimeClosedError`, `ConfigError` after `release`.
+        """
+    def repaired(self, position: int) -> None:
+        """Say that the caller has filled the slot of a failed position. Raises `IndexError`."""
+    def release(self) -> None: ...
+
+class Tiers:
+    """HBM, DRAM and the links to the store. Sizes in bytes."""
+
+    def __init__(
+        self,
+        *,
+        hbm: int,
+        dram: int,
+        hbm_reserved: int = 0,
+        dram_reserved: int = 0,
+        eviction: str = "lru",
+        num_io_threads: int = 4,
+    ) -> None:
+        """Raises `ConfigError`, `BudgetError`."""
+    def add_blocks(self, keys: npt.ArrayLike, extents: Sequence[Extent]) -> None:
+        """Tell where blocks come from. Raises `ConfigError`."""
+    def remove_space(self, space: int) -> None:
+        """Forget a model's blocks, waiting for its transfers and events."""
+    @overload
+    def acquire(
+        self, keys: npt.ArrayLike, stream: int = 0, wait: Literal[True] = True
+    ) -> Event: ...
+    @overload
+    def acquire(self, keys: npt.ArrayLike, stream: int = 0, *, wait: bool) -> Event | None: ...
+    @overload
+    def acquire(self, keys: npt.ArrayLike, stream: int, wait: bool) -> Event | None:
+        """Pin all keys of an event and start what is missing; None if that had to wait.
+
+        Raises `EventTooLargeError`, `ConfigError` for unknown or repeated keys,
+        `RuntimeClosedError`.
+        """
+    def hint(self, keys: npt.ArrayLike, stream: int = 0, exact: bool = False) -> None:
+        """Predict the next event of one layer in `stream`, likeliest block first."""
+    def resident(self, key: int) -> bool: ...
+    def num_resident(self, keys: npt.ArrayLike) -> int: ...
+    def max_event(self, nbytes: int) -> int:
+        """Return how many blocks of `nbytes` an event can have."""
+    def resize_hbm(self, nbytes: int) -> bool:
+        """Return False if pins or transfers hold memory back until they end."""
+    def resize_dram(self, nbytes: int) -> bool: ...
+    def throttle(self, link: str, bytes_per_second: float) -> None: ...
+    def stats(self) -> dict[str, Any]: ...
+    def precision(self) -> dict[int, tuple[int, int, bool]]:
+        """Return, by partition (key >> 32), (hints, hints that were right, hints pay)."""
+    def hbm_memory(self) -> Memory: ...
+    @property
+    def closed(self) -> bool: ...
+    def close(self) -> None:
+        """Cancel transfers, wake waiting events with `RuntimeClosedError`, give memory up."""
+
+def eviction_policies() -> list[tuple[str, str, str]]:
+    """Return (name, summary, source) of every policy."""
+
+def check_eviction(spec: str) -> None:
+    """Raises `ConfigError` if there is no such policy."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import zstandard
 
 from tiered_mem import _core
-from tiered_mem.errors import ChecksumError, ConfigError
+from tiered_mem.errors import ConfigError
 
 Bytes = npt.NDArray[np.uint8]
 Table = npt.NDArray[np.uint32]
@@ -47,45 +46,25 @@ class Codec(IntEnum):
         raise ConfigError(f"unknown codec {name!r}: use 'none' or 'zstd'")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One block's line in the catalogue.
+def pack_entry(
+    key: bytes,
+    codec: Codec,
+    itemsize: int,
+    *,
+    nbytes: int,
+    generation: int,
+    offset: int,
+    table: Table,
+) -> bytes:
+    """Return a block's line in the catalogue, to be read by `_core.parse_entry`.
 
-    `offset` is where its first chunk starts in the file. `table` has one row a chunk: stored bytes,
-    raw bytes, CRC-32C of the stored bytes. `generation` grows with every rewrite of the store.
+    `nbytes` is the raw size, `offset` where the first chunk starts in the file. `table` has one row
+    a chunk: stored bytes, raw bytes, CRC-32C of the stored bytes. The entry's own checksum covers
+    `key`, so that it can't serve another one.
     """
-
-    codec: Codec
-    itemsize: int
-    nbytes: int
-    generation: int
-    offset: int
-    table: Table
-
-    @property
-    def stored_nbytes(self) -> int:
-        return int(self.table[:, 0].sum(dtype=np.uint64))
-
-    def pack(self, key: bytes) -> bytes:
-        """Return the entry as bytes. Its checksum covers `key`, so it can't serve another one."""
-        fields = _FIELDS.pack(
-            self.codec, self.itemsize, 0, self.nbytes, self.generation, self.offset
-        )
-        body = fields + self.table.astype("<u4", copy=False).tobytes()
-        return _CRC.pack(_core.crc32c(key + body)) + body
-
-    @classmethod
-    def unpack(cls, key: bytes, packed: memoryview) -> Entry:
-        """Return the entry that `packed` holds. Raises `ChecksumError` if it's damaged."""
-        body = bytes(packed[_CRC.size :])
-        fields_end = _CRC.size + _FIELDS.size
-        if len(packed) < fields_end or _CRC.unpack_from(packed)[0] != _core.crc32c(key + body):
-            raise ChecksumError(
-                f"the catalogue entry of key 0x{key.hex()} is damaged: repair or pack the store"
-            )
-        codec, itemsize, _, nbytes, generation, offset = _FIELDS.unpack_from(body)
-        table = np.frombuffer(body, "<u4", offset=_FIELDS.size).reshape(-1, 3)
-        return cls(Codec(codec), itemsize, nbytes, generation, offset, table)
+    fields = _FIELDS.pack(codec, itemsize, 0, nbytes, generation, offset)
+    body = fields + table.astype("<u4", copy=False).tobytes()
+    return _CRC.pack(_core.crc32c(key + body)) + body
 
 
 def encode(raw: Bytes, codec: Codec) -> tuple[Bytes, Table]:

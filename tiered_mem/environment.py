@@ -9,8 +9,6 @@ import os
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -212,28 +210,41 @@ class Environment:
             )
 
 
-@contextmanager
-def named_errors(directory: Path, written_nbytes: int = 0) -> Iterator[None]:
-    """Turn errors of LMDB and the system into those of `tiered_mem.errors`.
+class named_errors:
+    """Turns errors of LMDB and the system into those of `tiered_mem.errors`.
 
     `written_nbytes` is what a failed commit may have tried to write: LMDB reports a write cut short
     by a full disk as EIO, which only the space left tells from a broken one.
     """
-    try:
-        yield
-    except lmdb.MapFullError as error:
-        raise StoreFullError(
+
+    # A class: every lookup enters it, and contextlib's generators cost microseconds.
+    __slots__ = ("_directory", "_written_nbytes")
+
+    def __init__(self, directory: Path, written_nbytes: int = 0) -> None:
+        self._directory = directory
+        self._written_nbytes = written_nbytes
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, lmdb.Error | OSError):
+            raise _named(error, self._directory, self._written_nbytes) from error
+
+
+def _named(error: Any, directory: Path, written_nbytes: int) -> StoreError:
+    if isinstance(error, lmdb.MapFullError):
+        return StoreFullError(
             f"{directory} has reached its capacity: open it with a larger one, or delete blocks"
-        ) from error
-    except lmdb.VersionMismatchError as error:
-        raise StoreMismatchError(f"{directory} is of another LMDB version: {error}") from error
-    except (lmdb.Error, OSError) as error:
-        code = error.errno if isinstance(error, OSError) else error.code
-        if code in _FULL or (code == errno.EIO and _free_nbytes(directory) < written_nbytes):
-            raise StoreFullError(f"the disk under {directory} is full: {error}") from error
-        if code in _READ_ONLY or isinstance(error, lmdb.ReadonlyError):
-            raise StoreReadOnlyError(f"{directory} doesn't allow this access: {error}") from error
-        raise StoreError(f"{directory}: {error}") from error
+        )
+    if isinstance(error, lmdb.VersionMismatchError):
+        return StoreMismatchError(f"{directory} is of another LMDB version: {error}")
+    code = error.errno if isinstance(error, OSError) else error.code
+    if code in _FULL or (code == errno.EIO and _free_nbytes(directory) < written_nbytes):
+        return StoreFullError(f"the disk under {directory} is full: {error}")
+    if code in _READ_ONLY or isinstance(error, lmdb.ReadonlyError):
+        return StoreReadOnlyError(f"{directory} doesn't allow this access: {error}")
+    return StoreError(f"{directory}: {error}")
 
 
 def _prepare_directory(directory: Path) -> None:

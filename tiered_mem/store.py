@@ -17,7 +17,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -32,8 +32,8 @@ from tiered_mem.catalogue import (
     PAGE_HEADER_NBYTES,
     Bytes,
     Codec,
-    Entry,
     encode,
+    pack_entry,
     plain_table,
     round_up,
 )
@@ -63,7 +63,8 @@ def allocate(nbytes: int) -> Bytes:
     if nbytes < 0:
         raise ConfigError(f"a block can't have {nbytes} bytes")
     # Room up to the next page lets O_DIRECT deliver the block's tail in place.
-    pages = mmap.mmap(-1, ALIGNMENT + max(round_up(nbytes, ALIGNMENT), ALIGNMENT))
+    length = ALIGNMENT + max(round_up(nbytes, ALIGNMENT), ALIGNMENT)
+    pages = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages: only speed is lost
         # O_DIRECT names every page to the device: huge ones double its bandwidth on some.
         pages.madvise(mmap.MADV_HUGEPAGE)
@@ -243,8 +244,16 @@ class Transaction:
             self._count_pages(value.nbytes)
             self._txn.put(packed, value.data, db=self._environment.payload)
             offset = self._place(packed, value.nbytes) + PAD_NBYTES
-            entry = Entry(chosen, itemsize, raw.nbytes, self._generation, offset, table)
-            self._txn.put(packed, entry.pack(packed), db=self._environment.catalogue)
+            entry = pack_entry(
+                packed,
+                chosen,
+                itemsize,
+                nbytes=raw.nbytes,
+                generation=self._generation,
+                offset=offset,
+                table=table,
+            )
+            self._txn.put(packed, entry, db=self._environment.catalogue)
 
     def delete(self, key: BlockKey) -> bool:
         """Remove a block. Returns whether there was one."""
@@ -341,29 +350,24 @@ class Snapshot:
             return int(self._txn.stat(self._environment.catalogue)["entries"])
 
     def __contains__(self, key: BlockKey | int) -> bool:
-        return self._find(_pack_key(key)) is not None
-
-    def entry(self, key: BlockKey | int) -> Entry:
-        """Return a block's catalogue entry.
-
-        Raises `StoreError` if there is no such block, `ChecksumError` if the entry is damaged.
-        """
-        packed = _pack_key(key)
-        found = self._find(packed)
-        if found is None:
-            raise StoreError(f"no block {_name(key)} in {self._environment.directory}")
-        return Entry.unpack(packed, found)
+        with self._lock, self._named_errors():
+            return self._txn.get(_pack_key(key), db=self._environment.catalogue) is not None
 
     def nbytes(self, key: BlockKey | int) -> int:
-        """Return a block's raw size."""
-        return self.entry(key).nbytes
+        """Return a block's raw size. Raises as `extent`."""
+        return self.extent(key).nbytes
 
     def extent(self, key: BlockKey | int) -> _core.Extent:
-        """Return where a block's bytes lie, for the transfer engine. Keep the snapshot open."""
-        entry = self.entry(key)
-        return _core.Extent(
-            self._environment.file, entry.codec, entry.nbytes, entry.offset, entry.table
-        )
+        """Return where a block's bytes lie, for the transfer engine. Keep the snapshot open.
+
+        Raises `StoreError` if there is no such block, `ChecksumError` if its entry is damaged.
+        """
+        packed = _pack_key(key)
+        with self._lock, self._named_errors():
+            entry = self._txn.get(packed, db=self._environment.catalogue)
+            if entry is not None:
+                return self._parse(key, packed, entry)
+        raise StoreError(f"no block {_name(key)} in {self._environment.directory}")
 
     def extents(self, keys: Iterable[BlockKey | int]) -> list[_core.Extent]:
         """Return the extents of several blocks, in order."""
@@ -396,12 +400,13 @@ class Snapshot:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _find(self, packed: bytes) -> memoryview | None:
-        with self._lock, self._named_errors():
-            value = self._txn.get(packed, db=self._environment.catalogue)
-            return None if value is None else memoryview(bytes(value))
+    def _parse(self, key: BlockKey | int, packed: bytes, entry: Any) -> _core.Extent:
+        try:
+            return _core.parse_entry(self._environment.file, packed, entry)
+        except ChecksumError as error:
+            raise ChecksumError(f"{_name(key)}: {error}") from error
 
-    def _named_errors(self) -> AbstractContextManager[None]:
+    def _named_errors(self) -> named_errors:
         return named_errors(self._environment.directory)
 
 

@@ -46,7 +46,7 @@ def _codec(store: Store) -> str:
     with store.snapshot() as snapshot:
         for key in snapshot.keys().tolist():
             try:
-                return "none" if snapshot.entry(key).codec is Codec.NONE else "zstd"
+                return "none" if snapshot.extent(key).codec == Codec.NONE else "zstd"
             except ChecksumError:
                 continue  # this entry is among the damaged
     return "none"
