@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 
 import numpy as np
@@ -74,10 +76,8 @@ def encode(raw: Bytes, codec: Codec) -> tuple[Bytes, Table]:
         value[:PAD_NBYTES] = 0
         value[PAD_NBYTES:] = raw
         return value, plain_table(raw)
-    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
     chunks = list(_chunks(raw))
-    arrange = _planes if codec is Codec.ZSTD_PLANES2 else np.ascontiguousarray
-    stored = [compressor.compress(arrange(chunk).data) for chunk in chunks]
+    stored = _compress_all(chunks, byte_planes=codec is Codec.ZSTD_PLANES2)
     value = np.zeros(PAD_NBYTES + sum(round_up(len(s), ALIGNMENT) for s in stored), np.uint8)
     start = PAD_NBYTES
     for piece in stored:
@@ -95,6 +95,17 @@ def plain_table(raw: Bytes) -> Table:
 
 def round_up(nbytes: int, multiple: int) -> int:
     return -(-nbytes // multiple) * multiple
+
+
+def _compress_all(chunks: list[Bytes], *, byte_planes: bool) -> list[bytes]:
+    def compress(chunk: Bytes) -> bytes:
+        arranged = _planes(chunk) if byte_planes else np.ascontiguousarray(chunk)
+        return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(arranged.data)
+
+    if len(chunks) < 2:
+        return [compress(chunk) for chunk in chunks]
+    with ThreadPoolExecutor(min(len(chunks), os.cpu_count() or 1)) as pool:
+        return list(pool.map(compress, chunks))
 
 
 def _chunks(raw: Bytes) -> Iterator[Bytes]:

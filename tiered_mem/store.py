@@ -85,7 +85,7 @@ class _Staged(np.ndarray[Any, np.dtype[np.uint8]]):
 
 
 class Store:
-    """An open store. Safe to share between threads; not to be used across a fork."""
+    """An open store. Safe to share between threads; a forked child must not use it."""
 
     def __init__(self, environment: Environment, writer_lock: WriterLock | None) -> None:
         self._environment = environment
