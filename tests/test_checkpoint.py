@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,23 @@ def test_wrong_indices_and_buffers_are_refused(tmp_path: Path) -> None:
             checkpoint.read_expert(0, index, torch.empty(nbytes, dtype=torch.uint8))
     with pytest.raises(ValueError, match=str(nbytes)):
         checkpoint.read_expert(0, 0, torch.empty(nbytes - 1, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "ernie4_5_vl_moe"])
+def test_experts_are_read_by_several_threads(name: str, tmp_path: Path) -> None:
+    model, _ = families.build(name)
+    model.save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path, model_class=type(model))
+    expected = list(checkpoints.expert_blocks(model))
+
+    def reads_right(expert: tuple[int, int, torch.Tensor]) -> bool:
+        layer, index, block = expert
+        out = torch.empty_like(block)
+        checkpoint.read_expert(layer, index, out)
+        return torch.equal(out, block)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(reads_right, expected * 4))
 
 
 # --- fingerprint ---
