@@ -164,7 +164,7 @@ class Space:
         self._nbytes: dict[int, int] = {}
         self._bases: dict[int, np.uint64] = {}
         self._closed = False
-        self.memory = np.frombuffer(self._tiers.hbm_memory(), np.uint8)
+        self.memory = np.frombuffer(memoryview(self._tiers.hbm_memory()), np.uint8)
         packed = self._snapshot.keys()
         keys = [BlockKey.unpack(int(key)) for key in packed]
         for key in keys:
