@@ -23,7 +23,7 @@ def main() -> None:
     python = directory / "bin" / "python"
     if not (python.exists() and torch_version(python)):
         shared = torch_version(Path(sys.executable))
-        venv.create(directory, with_pip=True, system_site_packages=bool(shared))
+        venv.create(directory, with_pip=True, symlinks=True, system_site_packages=bool(shared))
         if shared and not torch_version(python):
             share_packages(directory)
         if not torch_version(python):

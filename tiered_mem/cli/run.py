@@ -116,7 +116,9 @@ class _Question:
         self._tokenizer = _load_tokenizer(checkpoint)
         self._inputs = self._tokenizer(prompt, return_tensors="pt")
         if self._inputs["input_ids"].shape[1] == 0:
-            raise ConfigError("the prompt has no token: give --prompt some text")
+            raise ConfigError(
+                "the prompt has no token: give --prompt some text, and the model its tokenizer"
+            )
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
         if temperature > 0:
             self._options |= {"do_sample": True, "temperature": temperature}
