@@ -363,6 +363,26 @@ def test_unusable_puts(store):
         assert len(snapshot) == 0
 
 
+def test_a_swallowed_error_undoes_its_transaction(tmp_path):
+    with Store.open(tmp_path / "store", mode="w", capacity=8 * MIB) as store:
+        put(store, {key(0): random_bytes(MIB)})
+        with pytest.raises(errors.StoreError, match="undone"), store.transaction() as txn:
+            txn.put(key(0), random_bytes(MIB, 1))
+            with pytest.raises(errors.StoreFullError):
+                txn.put(key(1), random_bytes(16 * MIB))
+        assert np.array_equal(read(store, key(0)), random_bytes(MIB))
+        put(store, {key(1): b"x"})
+
+
+def test_a_closed_snapshot_reads_nothing(store):
+    put(store, {key(0): b"x"})
+    with store.snapshot() as snapshot:
+        pass
+    for call in (snapshot.keys, lambda: snapshot.extent(key(0)), lambda: key(0) in snapshot):
+        with pytest.raises(errors.StoreError):
+            call()
+
+
 def test_too_small_a_buffer_is_refused(store):
     put(store, {key(0): bytes(100)})
     with store.snapshot() as snapshot, pytest.raises(errors.ConfigError, match="100 bytes"):

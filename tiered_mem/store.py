@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import ctypes
 import json
-import mmap
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -25,63 +24,31 @@ from typing import Any, Literal
 import lmdb
 import numpy as np
 
-from tiered_mem import _core
 from tiered_mem.catalogue import (
-    ALIGNMENT,
     PAD_NBYTES,
     PAGE_HEADER_NBYTES,
     Bytes,
     Codec,
+    allocate,
     encode,
     pack_entry,
-    plain_table,
-    round_up,
 )
 from tiered_mem.environment import Environment, WriterLock, named_errors
 from tiered_mem.errors import (
-    ChecksumError,
     ConfigError,
     StoreBusyError,
     StoreError,
     StoreReadOnlyError,
-    TransferError,
 )
-from tiered_mem.keys import BlockKey, KeyArray
+from tiered_mem.keys import BlockKey
+from tiered_mem.snapshot import Snapshot, pack_key, verify
+
+__all__ = ["Snapshot", "Store", "Transaction", "allocate"]
 
 _METADATA_KEY = b"metadata"
 _PAGE_HEADER = struct.Struct("<QHHI")  # page number, -, flags, number of overflow pages
 _OVERFLOW_FLAG = 0x04
-_MAX_VALUE_NBYTES = 0xFFFFFFFF
-
-
-def allocate(nbytes: int) -> Bytes:
-    """Return an empty block of `nbytes` bytes, aligned for `Snapshot.read`.
-
-    `Transaction.put` writes such an array (itself, not a view or a copy of it) without copying it
-    first: the pad that a stored payload needs lies in front of it already.
-    """
-    if nbytes < 0:
-        raise ConfigError(f"a block can't have {nbytes} bytes")
-    # Room up to the next page lets O_DIRECT deliver the block's tail in place.
-    length = ALIGNMENT + max(round_up(nbytes, ALIGNMENT), ALIGNMENT)
-    pages = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages: only speed is lost
-        # O_DIRECT names every page to the device: huge ones double its bandwidth on some.
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    staged = np.frombuffer(pages, np.uint8)[PAGE_HEADER_NBYTES : ALIGNMENT + nbytes]
-    return _Staged.wrap(staged)
-
-
-class _Staged(np.ndarray[Any, np.dtype[np.uint8]]):
-    """A block whose memory starts PAD_NBYTES before it. Views and copies of it forget that."""
-
-    padded: Bytes | None = None
-
-    @classmethod
-    def wrap(cls, padded: Bytes) -> _Staged:
-        block = padded[PAD_NBYTES:].view(cls)
-        block.padded = padded
-        return block
+_MAX_NBYTES = 0xFFFFFFFF - (16 << 20)  # LMDB's limit, less the pad and what zstd may add
 
 
 class Store:
@@ -186,7 +153,7 @@ class Store:
         `progress` is called with (bytes done, bytes in all) after every block.
         """
         with self.snapshot() as snapshot:
-            return _verify(snapshot, progress)
+            return verify(snapshot, progress)
 
     def close(self) -> None:
         """End every snapshot and release the store. Closing twice is fine."""
@@ -221,6 +188,7 @@ class Transaction:
             self._first_new_page = environment.lmdb.info()["last_pgno"] + 1
             self._txn = environment.lmdb.begin(write=True, buffers=True)
         self._generation: int = self._txn.id()
+        self._whole = True
         self._num_pages = 1024  # upper bound of pages this transaction may take: see _extend_file
 
     def put(self, key: BlockKey, data: Any, *, codec: str = "none", itemsize: int = 1) -> None:
@@ -231,16 +199,13 @@ class Transaction:
         """
         if key.space != 0:
             raise ConfigError(f"{key} is of space {key.space}: keys of a store have space 0")
-        packed = _pack_key(key)
+        packed = pack_key(key)
         chosen = Codec.choose(codec, itemsize)
-        raw = _as_bytes(data)
-        padded = data.padded if isinstance(data, _Staged) and chosen is Codec.NONE else None
-        value, table = encode(raw, chosen) if padded is None else (padded, plain_table(raw))
-        if value.nbytes > _MAX_VALUE_NBYTES:
-            raise StoreError(
-                f"{key} has {raw.nbytes} bytes: LMDB holds less than 4 GiB in one value"
-            )
-        with named_errors(self._environment.directory):
+        nbytes = memoryview(data).nbytes
+        if nbytes > _MAX_NBYTES:
+            raise StoreError(f"{key} has {nbytes} bytes: LMDB holds less than 4 GiB in one value")
+        value, table = encode(data, chosen)
+        with self._write():
             self._count_pages(value.nbytes)
             self._txn.put(packed, value.data, db=self._environment.payload)
             offset = self._place(packed, value.nbytes) + PAD_NBYTES
@@ -248,7 +213,7 @@ class Transaction:
                 packed,
                 chosen,
                 itemsize,
-                nbytes=raw.nbytes,
+                nbytes=nbytes,
                 generation=self._generation,
                 offset=offset,
                 table=table,
@@ -257,8 +222,8 @@ class Transaction:
 
     def delete(self, key: BlockKey) -> bool:
         """Remove a block. Returns whether there was one."""
-        packed = _pack_key(key)
-        with named_errors(self._environment.directory):
+        packed = pack_key(key)
+        with self._write():
             self._count_pages(0)
             self._txn.delete(packed, db=self._environment.catalogue)
             return bool(self._txn.delete(packed, db=self._environment.payload))
@@ -266,7 +231,7 @@ class Transaction:
     def set_metadata(self, metadata: dict[str, Any]) -> None:
         """Replace the store's metadata (JSON types only)."""
         packed = json.dumps(metadata, sort_keys=True, allow_nan=False).encode()
-        with named_errors(self._environment.directory):
+        with self._write():
             self._count_pages(len(packed))
             self._txn.put(_METADATA_KEY, packed, db=self._environment.meta)
 
@@ -283,11 +248,27 @@ class Transaction:
             written_nbytes = self._num_pages * self._environment.page_nbytes
             with named_errors(self._environment.directory, written_nbytes):
                 if kind is None:
-                    self._extend_file()
-                    self._txn.commit()
+                    self._commit()
         finally:
             self._txn.abort()  # does nothing after a commit
             self._on_end()
+
+    @contextmanager
+    def _write(self) -> Iterator[None]:
+        # A payload without its entry, or an entry of a payload that is gone, must not commit, even
+        # if the caller swallows the error that came between the two.
+        whole, self._whole = self._whole, False
+        with named_errors(self._environment.directory):
+            yield
+        self._whole = whole
+
+    def _commit(self) -> None:
+        if not self._whole:
+            raise StoreError(
+                f"a write to {self._environment.directory} failed: its transaction is undone"
+            )
+        self._extend_file()
+        self._txn.commit()
 
     def _place(self, packed: bytes, nbytes: int) -> int:
         """Return the file offset of the value just put.
@@ -326,122 +307,3 @@ class Transaction:
         needed = min(needed, self._environment.lmdb.info()["map_size"])
         if os.stat(self._environment.data_path).st_size < needed:
             os.truncate(self._environment.data_path, needed)
-
-
-class Snapshot:
-    """The store at one moment. Places stay right exactly as long as it is open. Thread-safe."""
-
-    def __init__(self, environment: Environment, on_end: Callable[[Snapshot], None]) -> None:
-        self._environment = environment
-        self._on_end = on_end
-        self._lock = threading.Lock()  # LMDB wants one thread at a time in a transaction
-        self._txn = environment.begin_read()
-        self._closed = False
-
-    def keys(self) -> KeyArray:
-        """Return the packed keys of all blocks in ascending order, uint64."""
-        with self._lock, self._named_errors():
-            cursor = self._txn.cursor(db=self._environment.catalogue)
-            packed = b"".join(bytes(key) for key in cursor.iternext(keys=True, values=False))
-        return np.frombuffer(packed, ">u8").astype(np.uint64)
-
-    def __len__(self) -> int:
-        with self._lock, self._named_errors():
-            return int(self._txn.stat(self._environment.catalogue)["entries"])
-
-    def __contains__(self, key: BlockKey | int) -> bool:
-        with self._lock, self._named_errors():
-            return self._txn.get(_pack_key(key), db=self._environment.catalogue) is not None
-
-    def nbytes(self, key: BlockKey | int) -> int:
-        """Return a block's raw size. Raises as `extent`."""
-        return self.extent(key).nbytes
-
-    def extent(self, key: BlockKey | int) -> _core.Extent:
-        """Return where a block's bytes lie, for the transfer engine. Keep the snapshot open.
-
-        Raises `StoreError` if there is no such block, `ChecksumError` if its entry is damaged.
-        """
-        packed = _pack_key(key)
-        with self._lock, self._named_errors():
-            entry = self._txn.get(packed, db=self._environment.catalogue)
-            if entry is not None:
-                return self._parse(key, packed, entry)
-        raise StoreError(f"no block {_name(key)} in {self._environment.directory}")
-
-    def extents(self, keys: Iterable[BlockKey | int]) -> list[_core.Extent]:
-        """Return the extents of several blocks, in order."""
-        return [self.extent(key) for key in keys]
-
-    def read(self, key: BlockKey | int, out: Any) -> None:
-        """Read a block into `out`, a writable C-contiguous buffer of at least its size.
-
-        The bytes land without a copy if `out` starts at a multiple of 4096 (see `allocate`) and the
-        codec is none. Raises `ChecksumError`, `TransferError`, `StoreError`.
-        """
-        extent = self.extent(key)
-        try:
-            _core.read_block(extent, out)
-        except (ChecksumError, TransferError) as error:
-            raise type(error)(f"{_name(key)}: {error}") from error
-
-    def close(self) -> None:
-        """End the snapshot; its extents must not be read any more. Closing twice is fine."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._environment.end_read(self._txn)
-        self._on_end(self)
-
-    def __enter__(self) -> Snapshot:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _parse(self, key: BlockKey | int, packed: bytes, entry: Any) -> _core.Extent:
-        try:
-            return _core.parse_entry(self._environment.file, packed, entry)
-        except ChecksumError as error:
-            raise ChecksumError(f"{_name(key)}: {error}") from error
-
-    def _named_errors(self) -> named_errors:
-        return named_errors(self._environment.directory)
-
-
-def _verify(snapshot: Snapshot, progress: Callable[[int, int], None] | None) -> list[BlockKey]:
-    bad: list[BlockKey] = []
-    sizes: dict[int, int] = {}
-    for key in snapshot.keys().tolist():
-        try:
-            sizes[key] = snapshot.nbytes(key)
-        except ChecksumError:
-            bad.append(BlockKey.unpack(key))
-    total, done = sum(sizes.values()), 0
-    block = allocate(max(sizes.values(), default=0))
-    for key, nbytes in sizes.items():
-        try:
-            snapshot.read(key, block)
-        except (StoreError, TransferError):
-            bad.append(BlockKey.unpack(key))
-        done += nbytes
-        if progress is not None:
-            progress(done, total)
-    return sorted(bad)
-
-
-def _pack_key(key: BlockKey | int) -> bytes:
-    packed = key.pack() if isinstance(key, BlockKey) else int(key)
-    return packed.to_bytes(8, "big")  # so that LMDB sorts keys as numbers
-
-
-def _name(key: BlockKey | int) -> str:
-    return str(key) if isinstance(key, BlockKey) else str(BlockKey.unpack(int(key)))
-
-
-def _as_bytes(data: Any) -> Bytes:
-    view = memoryview(data)
-    if not view.c_contiguous:
-        raise ConfigError("a block is written from contiguous memory: copy it first")
-    return np.frombuffer(view, np.uint8)
