@@ -7,6 +7,7 @@ VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 BUILT := $(VENV)/built
 CPP := $(wildcard csrc/*.cpp csrc/*.h policies/eviction/*.h)
+CLANG_FORMAT := $(VENV_PYTHON) -c 'import clang_format as f; f.clang_format()'
 
 # Small matmuls on several threads are many times slower when a core is busy.
 export OMP_NUM_THREADS ?= 1
@@ -29,12 +30,12 @@ lint: build  ## ruff, mypy and clang-format
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy tiered_mem policies
-	@$(VENV_PYTHON) -c 'import clang_format as f; f.clang_format()' --dry-run --Werror $(CPP)
+	@$(CLANG_FORMAT) --dry-run --Werror $(CPP) $(wildcard tests/cpp/*)
 
 format: build  ## bring all sources into shape
 	@$(VENV_PYTHON) -m ruff check --fix .
 	@$(VENV_PYTHON) -m ruff format .
-	@$(VENV_PYTHON) -c 'import clang_format as f; f.clang_format()' -i $(CPP)
+	@$(CLANG_FORMAT) -i $(CPP) $(wildcard tests/cpp/*)
 
 build: $(BUILT)  ## make the venv, install and compile
 
