@@ -137,8 +137,30 @@ _INKLING = {
 }
 _HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 
+# Families that keep their experts outside the interface, and what they need beyond TINY.
+OUTSIDE: dict[str, dict[str, Any]] = {
+    "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "doge": {"is_moe": True, "num_experts": 16},
+    "jetmoe": {"kv_channels": 8},
+    "llama4": {
+        "intermediate_size_mlp": 16,
+        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+        "no_rope_layers": [1, 0, 1],
+    },
+    "longcat_flash": {"num_layers": 1, "ffn_hidden_size": 16, "expert_ffn_hidden_size": 16},
+    "nllb_moe": {
+        "d_model": 32,
+        **{f"{tower}_layers": 2 for tower in ("encoder", "decoder")},
+        **{f"{tower}_ffn_dim": 16 for tower in ("encoder", "decoder")},
+        **{f"{tower}_attention_heads": 2 for tower in ("encoder", "decoder")},
+        **{f"{tower}_sparse_step": 1 for tower in ("encoder", "decoder")},
+    },
+    "step3p7": {"share_expert_dim": 16, "num_sliding_attention_heads": 4},
+    "switch_transformers": {"d_model": 32, "d_ff": 16, "d_kv": 8, "num_layers": 2},
+}
+
 # What a family needs beyond TINY in its text config.
-SPECIAL: dict[str, dict[str, Any]] = {
+SPECIAL: dict[str, dict[str, Any]] = OUTSIDE | {
     "bailing_hybrid": _HYBRID,
     "deepseek_v4": {
         "mlp_layer_types": ["hash_moe", "moe", "moe"],
@@ -238,6 +260,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 # What a family needs beyond TINY_TOWER in its other towers.
 SPECIAL_TOWERS: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4},
+    },
     "deepseek_ocr2": {"downsample_channels": [16, 16]},
     "muse_spark": {
         "audio_config": {
@@ -305,12 +331,11 @@ def _text_config(config_class: type[PreTrainedConfig], name: str) -> PreTrainedC
 
 
 def _tower(parent: type[PreTrainedConfig], key: str, name: str) -> PreTrainedConfig:
-    spec = parent.sub_configs_defaults[key]
     if "text" in key:
         return _text_config(parent.sub_configs[key], name)
     config_class = parent.sub_configs[key]
     if config_class is AutoConfig:
-        config_class = CONFIG_MAPPING[spec.model_type]
+        config_class = CONFIG_MAPPING[parent.sub_configs_defaults[key].model_type]
     special = SPECIAL_TOWERS.get(name, {})
     values = _known(config_class, TINY_TOWER | special) | special.get(key, {})
     return config_class(
@@ -352,6 +377,11 @@ def build(name: str) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     if name == "ernie4_5_vl_moe":  # vision tokens have experts of their own
         inputs["moe_mm_token_type_ids"] = (torch.arange(12) % 4 == 1).int().expand(2, 12)
     return model, inputs
+
+
+def build_outside(name: str) -> PreTrainedModel:
+    """A random model of a family that keeps its experts outside the interface."""
+    return model_class(name)._from_config(tiny_config(name))
 
 
 @torch.no_grad()
