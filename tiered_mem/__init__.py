@@ -16,7 +16,8 @@ from tiered_mem.stats import Stats
 from tiered_mem.store import Store
 
 if TYPE_CHECKING:
-    from tiered_mem.hf.wrap import TieredModel, from_pretrained, offload
+    from tiered_mem.hf.handle import TieredModel
+    from tiered_mem.hf.wrap import from_pretrained, offload
 
 __version__ = "0.1.0"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import dataclass
+from fractions import Fraction
 
 import psutil
 
@@ -30,6 +31,8 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*|%)\s*")
 _ROOM_SHARE = 0.1
 _ROOM_NBYTES = 1 << 30
 
+_MAX_SIZE = (1 << 63) - 1  # what the core counts with
+
 
 class BudgetWarning(UserWarning):
     """A budget that works, but below the size from which it works well."""
@@ -40,14 +43,19 @@ def parse_size(size: Size, *, whole: int | None = None) -> int:
 
     Raises `ConfigError` for anything else, negative sizes included.
     """
-    if isinstance(size, int) and not isinstance(size, bool):
-        if size < 0:
-            raise ConfigError(f"a size can't be negative: {size}")
-        return size
-    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    nbytes = size if isinstance(size, int) and not isinstance(size, bool) else _read(size, whole)
+    if nbytes < 0:
+        raise ConfigError(f"a size can't be negative: {size}")
+    if nbytes > _MAX_SIZE:
+        raise ConfigError("a size is less than 8 EiB: give a smaller one")
+    return nbytes
+
+
+def _read(size: object, whole: int | None) -> int:
+    match = _SIZE.fullmatch(size) if isinstance(size, str) and len(size) < 64 else None
     if match is None or match[2].upper() not in {*_UNITS, "%"}:
         raise ConfigError(f"not a size: {size!r}; write 6GiB, 500MB, 25% or a number of bytes")
-    number, unit = float(match[1]), match[2].upper()
+    number, unit = Fraction(match[1]), match[2].upper()
     if unit != "%":
         return round(number * _UNITS[unit])
     if whole is None:
@@ -93,8 +101,10 @@ class Budgets:
         total = psutil.virtual_memory().total
         spare = memory_to_spare()
         auto_hbm, auto_dram = hbm == "auto", dram == "auto"
-        dram_nbytes = 0 if auto_dram else parse_size(dram, whole=whole)
-        hbm_nbytes = min(whole, spare - dram_nbytes) if auto_hbm else parse_size(hbm, whole=whole)
+        share_of = whole or None  # without blocks there is nothing to take a share of
+        dram_nbytes = 0 if auto_dram else parse_size(dram, whole=share_of)
+        useful = min(whole, spare - dram_nbytes)
+        hbm_nbytes = useful if auto_hbm else parse_size(hbm, whole=share_of)
         if auto_dram:
             dram_nbytes = max(0, min(whole - hbm_nbytes, spare - hbm_nbytes))
         if hbm_nbytes <= 0:

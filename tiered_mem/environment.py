@@ -64,15 +64,16 @@ class Environment:
     `meta`, `catalogue` and `payload` are its databases, `file` its data file to read from.
     """
 
+    # Locks are re-entrant: the garbage collector may close a store in the middle of anything.
     _shared: ClassVar[dict[tuple[int, int], Environment]] = {}
-    _shared_lock = threading.Lock()
+    _shared_lock = threading.RLock()
 
     def __init__(self, directory: Path, *, map_nbytes: int, writable: bool) -> None:
         self.directory = directory
         self.data_path = directory / _DATA
         self._users = 0
         self._num_readers = 0
-        self._readers_lock = threading.Lock()
+        self._readers_lock = threading.RLock()
         with named_errors(directory):
             self.lmdb = lmdb.open(
                 str(directory),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -19,12 +20,13 @@ import numpy.typing as npt
 import psutil
 
 from tiered_mem import _core
+from tiered_mem.catalogue import ALIGNMENT, round_up
 from tiered_mem.config import Budgets, format_size, memory_to_spare
 from tiered_mem.errors import (
+    BudgetError,
     ChecksumError,
     ConfigError,
     RuntimeClosedError,
-    StoreError,
     TieredMemError,
 )
 from tiered_mem.keys import BlockKey, Kind
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_SPACES = 256
 _NUM_HINTS_TO_JUDGE = 256
+_GIVEN_BACK = "this model's blocks were given back: load it again to use it"
 
 #: Fills `out` (uint8) with the bytes of a block that is damaged in the store, from their source.
 Repair = Callable[[BlockKey, npt.NDArray[np.uint8]], None]
@@ -65,7 +68,8 @@ class Runtime:
     def _start(self, budgets: Budgets, eviction: str, num_io_threads: int) -> None:
         self.eviction = eviction
         self._budgets = budgets
-        self._lock = threading.Lock()
+        # Re-entrant: the garbage collector may close a model in the middle of anything.
+        self._lock = threading.RLock()
         self._spaces: dict[int, Space] = {}
         # Address space is reserved for growth; memory is taken only as blocks arrive.
         total = psutil.virtual_memory().total
@@ -103,20 +107,32 @@ class Runtime:
     def resize(self, *, hbm: int | None = None, dram: int | None = None) -> None:
         """Change budgets, in bytes. A shrink that pins hold up goes on as they end.
 
-        Raises `BudgetError` as for a new runtime, `RuntimeClosedError`.
+        Raises `BudgetError` as for a new runtime, or if HBM couldn't hold a single block of a model
+        on it; `RuntimeClosedError`.
         """
-        wanted = Budgets.resolve(
-            self._budgets.hbm if hbm is None else hbm,
-            self._budgets.dram if dram is None else dram,
-            whole=0,
-        )
-        if hbm is not None:
-            self._tiers.resize_hbm(wanted.hbm)
-        if dram is not None:
-            self._tiers.resize_dram(wanted.dram)
-        self._budgets = Budgets(
-            wanted.hbm, wanted.dram, self._budgets.auto_hbm, self._budgets.auto_dram
-        )
+        with self._lock:
+            before = self._budgets
+            wanted = Budgets.resolve(
+                before.hbm if hbm is None else hbm,
+                before.dram if dram is None else dram,
+                whole=0,
+            )
+            least = self.largest_block()
+            if wanted.hbm < least:
+                raise BudgetError(
+                    f"hbm is {format_size(wanted.hbm)}, but a block of a model on this runtime has "
+                    f"{format_size(least)} ({least} bytes); give at least that"
+                )
+            if hbm is not None:
+                self._tiers.resize_hbm(wanted.hbm)
+            if dram is not None:
+                self._tiers.resize_dram(wanted.dram)
+            self._budgets = Budgets(wanted.hbm, wanted.dram, before.auto_hbm, before.auto_dram)
+
+    def largest_block(self) -> int:
+        """Return the bytes of the largest slot that a model on the runtime needs; 0 without any."""
+        with self._lock:
+            return max((space.largest_slot for space in self._spaces.values()), default=0)
 
     def stats(self) -> Stats:
         """Return the counts since the start."""
@@ -164,18 +180,30 @@ class Space:
         self._nbytes: dict[int, int] = {}
         self._bases: dict[int, np.uint64] = {}
         self._closed = False
-        self.memory = np.frombuffer(memoryview(self._tiers.hbm_memory()), np.uint8)
+        try:
+            self.memory = np.frombuffer(memoryview(self._tiers.hbm_memory()), np.uint8)
+            self._add_blocks()
+        except BaseException:
+            self._snapshot.close()
+            raise
+
+    def _add_blocks(self) -> None:
         packed = self._snapshot.keys()
         keys = [BlockKey.unpack(int(key)) for key in packed]
         for key in keys:
             if key.layer not in self._nbytes:
                 self._nbytes[key.layer] = self._snapshot.nbytes(key)
-                base = BlockKey(key.kind, key.layer, 0, number).pack()
+                base = BlockKey(key.kind, key.layer, 0, self._number).pack()
                 self._bases[key.layer] = np.uint64(base)
-        named = np.array([key._replace(space=number).pack() for key in keys], np.uint64)
+        named = np.array([key._replace(space=self._number).pack() for key in keys], np.uint64)
         self._tiers.add_blocks(named, self._snapshot.extents(keys))
         layers = np.array([key.layer for key in keys])
         self._layers = {layer: named[layers == layer] for layer in self._nbytes}
+        self.largest_slot = round_up(max(self._nbytes.values(), default=0), ALIGNMENT)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed or self.runtime.closed
 
     def begin(self, layer: int, indices: Sequence[int]) -> Reading:
         """Start an event: blocks `indices` (distinct) of `layer`. Their transfers start now.
@@ -188,8 +216,11 @@ class Space:
     def hint(self, layer: int, indices: Sequence[int], *, exact: bool = False) -> None:
         """Predict the next event of `layer`, the likeliest block first. Moves nothing by itself."""
         if len(indices) and not self._closed:
-            with suppress(RuntimeClosedError):
+            try:
                 self._tiers.hint(self._keys(layer, indices), threading.get_ident(), exact)
+            except (RuntimeClosedError, ConfigError):
+                if not self.closed:
+                    raise
 
     def resident(self, layer: int, index: int) -> bool:
         """Whether a block is in HBM and ready."""
@@ -232,10 +263,11 @@ class Space:
         done = 0
         # What comes first is pushed out of HBM into DRAM by what follows.
         for layer, indices in chosen.items():
-            for _ in self.begin(layer, indices):
-                done += self._nbytes[layer]
-                if progress is not None:
-                    progress(done, total)
+            with self.begin(layer, indices) as reading:
+                for _ in reading:
+                    done += self._nbytes[layer]
+                    if progress is not None:
+                        progress(done, total)
 
     def close(self) -> None:
         """Forget the model's blocks, once its events and transfers have ended, and its store."""
@@ -250,7 +282,7 @@ class Space:
 
     def _keys(self, layer: int, indices: Sequence[int]) -> npt.NDArray[np.uint64]:
         if self._closed:
-            raise RuntimeClosedError("this model's blocks were given back: load it again to use it")
+            raise RuntimeClosedError(_GIVEN_BACK)
         try:
             base = self._bases[layer]
         except KeyError:
@@ -278,12 +310,15 @@ class Space:
 class Reading:
     """An event under way: iterate over it to get (position, slot) as the blocks arrive.
 
+    Use it in a `with` statement. A body that fails would otherwise leave the blocks pinned for as
+    long as something (a traceback) refers to the iteration.
+
     A slot (byte offset into `Space.memory`) is good until the next step of the iteration after
     which the event's wave ends; don't keep views of it beyond the loop. An event with more blocks
     than HBM has slots runs in waves, present blocks first, the next wave loading meanwhile.
     """
 
-    __slots__ = ("_event", "_indices", "_keys", "_layer", "_space", "_stream", "_waves")
+    __slots__ = ("_ahead", "_event", "_indices", "_keys", "_layer", "_space", "_stream", "_waves")
 
     def __init__(self, space: Space, layer: int, indices: Sequence[int]) -> None:
         self._space = space
@@ -292,7 +327,17 @@ class Reading:
         self._keys = space._keys(layer, indices)
         self._stream = threading.get_ident()
         self._waves = self._plan(space._wave_size(layer, len(indices)))
+        self._ahead: Any = None
         self._event = self._acquire(self._waves[0])
+
+    def __enter__(self) -> Reading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for event in (self._event, self._ahead):
+            if event is not None:
+                event.release()
+        self._event = self._ahead = None
 
     def _plan(self, size: int) -> list[list[int] | None]:
         """Return the positions of each wave; None stands for all of them."""
@@ -305,26 +350,25 @@ class Reading:
 
     def _acquire(self, wave: list[int] | None, wait: bool = True) -> Any:
         keys = self._keys if wave is None else self._keys[wave]
-        return self._space._tiers.acquire(keys, self._stream, wait)
+        try:
+            return self._space._tiers.acquire(keys, self._stream, wait)
+        except ConfigError:
+            if self._space._closed:  # since by another thread: the core has forgotten the blocks
+                raise RuntimeClosedError(_GIVEN_BACK) from None
+            raise
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        event, waves = self._event, self._waves
-        try:
-            for number, wave in enumerate(waves):
-                if event is None:
-                    event = self._acquire(wave)
-                # Without waiting: whoever waits for slots must hold none.
-                following = waves[number + 1] if number + 1 < len(waves) else None
-                ahead = self._acquire(following, wait=False) if following else None
-                try:
-                    positions = range(len(self._keys)) if wave is None else wave
-                    yield from self._drain(event, positions)
-                finally:
-                    event.release()
-                    event = ahead
-        finally:
-            if event is not None:
-                event.release()
+        waves = self._waves
+        for number, wave in enumerate(waves):
+            if self._event is None:
+                self._event = self._acquire(wave)
+            # Without waiting: whoever waits for slots must hold none.
+            following = waves[number + 1] if number + 1 < len(waves) else None
+            self._ahead = self._acquire(following, wait=False) if following else None
+            positions = range(len(self._keys)) if wave is None else wave
+            yield from self._drain(self._event, positions)
+            self._event.release()
+            self._event, self._ahead = self._ahead, None
 
     def _drain(self, event: Any, positions: Sequence[int]) -> Iterator[tuple[int, int]]:
         slots = event.slots
@@ -349,14 +393,18 @@ class _MemoryWatch(threading.Thread):
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__(name="tiered-mem memory watch", daemon=True)
-        self._runtime = runtime
+        self._runtime = weakref.ref(runtime)  # a runtime that nobody uses may go
         self._stopped = threading.Event()
         self.start()
 
     def run(self) -> None:
         while not self._stopped.wait(self._EVERY_SECONDS):
-            with suppress(RuntimeClosedError, StoreError):
-                shrink_to_fit(self._runtime, memory_to_spare())
+            runtime = self._runtime()
+            if runtime is None:
+                return
+            with suppress(RuntimeClosedError):
+                shrink_to_fit(runtime, memory_to_spare())
+            del runtime
 
     def stop(self) -> None:
         self._stopped.set()
@@ -378,6 +426,7 @@ def shrink_to_fit(runtime: Runtime, spare: int) -> None:
         runtime.resize(dram=smaller)
         excess -= budgets.dram - smaller
     if budgets.auto_hbm and excess > 0:
-        smaller = max(budgets.hbm // 16, budgets.hbm - excess)
+        least = max(budgets.hbm // 16, runtime.largest_block())
+        smaller = min(budgets.hbm, max(least, budgets.hbm - excess))
         logger.warning("memory is short: HBM's part shrinks to %s", format_size(smaller))
         runtime.resize(hbm=smaller)

@@ -62,7 +62,7 @@ class _NoBackward(torch.autograd.Function):
     """Passes the output on, and refuses a backward pass: the weights may be gone by then."""
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         return output.view_as(output)
 
     @staticmethod
@@ -112,8 +112,8 @@ def _forward(
             outputs = module.post_expert_norm(outputs)  # type: ignore[operator]
         sum_up = _sum_like_eager if like_eager else _sum_like_grouped_mm
         result = sum_up(outputs, hidden_states, top_k_index, top_k_weights)
-    if hidden_states.requires_grad:
-        return _NoBackward.apply(result, hidden_states)  # type: ignore[no-any-return, no-untyped-call]
+    if hidden_states.requires_grad or top_k_weights.requires_grad:
+        return _NoBackward.apply(result, hidden_states, top_k_weights)  # type: ignore[no-any-return, no-untyped-call]
     return result  # type: ignore[no-any-return]
 
 
@@ -128,22 +128,22 @@ def _run_experts(
         )
     num_top_k = top_k_index.size(-1)
     ids, rows = _group(top_k_index, module.num_experts, by_rank)  # type: ignore[arg-type]
-    reading = tiered.space.begin(tiered.layer, ids)
-    if tiered.hooks is not None:
-        # After this layer's own reads have started, so that predicting overlaps with them.
-        tiered.hooks.on_route(tiered.layer, top_k_index)
     outputs: torch.Tensor | None = None
-    for position, slot in reading:
-        mine = rows[position]
-        states = hidden_states if mine is None else hidden_states[mine // num_top_k]
-        output = _expert(module, tiered.views(slot), states)
-        if outputs is None:
-            outputs = output.new_zeros(top_k_index.numel(), output.size(-1))
-        # With one token the position is the row: experts are in the router's order.
-        if mine is None:
-            outputs[position] = output[0]
-        else:
-            outputs[mine] = output
+    with tiered.space.begin(tiered.layer, ids) as reading:
+        if tiered.hooks is not None:
+            # After this layer's own reads have started, so that predicting overlaps with them.
+            tiered.hooks.on_route(tiered.layer, top_k_index)
+        for position, slot in reading:
+            mine = rows[position]
+            states = hidden_states if mine is None else hidden_states[mine // num_top_k]
+            output = _expert(module, tiered.views(slot), states)
+            if outputs is None:
+                outputs = output.new_zeros(top_k_index.numel(), output.size(-1))
+            # With one token the position is the row: experts are in the router's order.
+            if mine is None:
+                outputs[position] = output[0]
+            else:
+                outputs[mine] = output
     return outputs if outputs is not None else hidden_states.repeat_interleave(num_top_k, 0) * 0
 
 

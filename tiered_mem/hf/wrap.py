@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from tiered_mem import _core
+from tiered_mem.catalogue import Codec
 from tiered_mem.config import Budgets, Size
 from tiered_mem.errors import (
     AlreadyWrappedError,
     ConfigError,
     RuntimeClosedError,
-    StoreError,
     TieredMemError,
 )
 from tiered_mem.hf.checkpoint import Checkpoint
-from tiered_mem.hf.detect import find_experts, require_experts
-from tiered_mem.hf.experts import IMPLEMENTATIONS, TieredExperts
+from tiered_mem.hf.detect import require_experts
+from tiered_mem.hf.experts import IMPLEMENTATIONS
+from tiered_mem.hf.handle import Progress, TieredModel, put_back
 from tiered_mem.hf.hollow import hollow_experts, hollow_model
-from tiered_mem.hf.layout import ExpertLayout
+from tiered_mem.hf.layout import ExpertLayout, per_expert_tensors
 from tiered_mem.hf.loading import default_model_class
 from tiered_mem.hf.pack import open_packed, pack
-from tiered_mem.hf.prefetch import RouterHooks
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.policies.prefetch import Predictor, make_predictor
-from tiered_mem.runtime import Runtime
-from tiered_mem.stats import Stats
+from tiered_mem.runtime import Repair, Runtime
 from tiered_mem.store import Store, allocate
-
-Progress = Callable[[int, int], None]
 
 # What configs call the number of experts a token uses.
 _TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")
@@ -83,11 +81,12 @@ def from_pretrained(
         CheckpointError: files missing, truncated or not fitting the model.
         StoreError: the store can't be used, or is another checkpoint's (`StoreMismatchError`).
     """
-    _check_options(prefetch, eviction, hbm, dram, runtime)
-    implementation = _implementation(hf_kwargs.pop("experts_implementation", None))
+    _check_options(prefetch, eviction, codec, hbm, dram, runtime)
+    stock = hf_kwargs.pop("experts_implementation", None)
+    implementation = _implementation(stock)
     path = str(path_or_id)
     with ExitStack() as undo:
-        checkpoint = Checkpoint.open(path, model_class=model_class, **hf_kwargs)
+        checkpoint = _open_checkpoint(path, model_class, hf_kwargs)
         undo.callback(checkpoint.close)
         layouts, top_k = checkpoint.layouts, _top_k(checkpoint.config)
         budgets = _budgets(hbm, dram, runtime, layouts, top_k)
@@ -102,7 +101,7 @@ def from_pretrained(
         if runtime is None:  # "auto" again, now that the other weights have taken their part
             budgets = _budgets(hbm, dram, None, layouts, top_k)
         budgets.warn_below_cycle(_cycle_nbytes(layouts, top_k))
-        _wrap(model, layouts, store, checkpoint, budgets, runtime, eviction, prefetch, undo)
+        _wrap(model, layouts, store, checkpoint, budgets, runtime, eviction, prefetch, stock, undo)
     return model
 
 
@@ -125,11 +124,11 @@ def offload(
 
     Raises `AlreadyWrappedError`, and what `from_pretrained` does.
     """
-    if getattr(model, "tiered_mem", None) is not None:
+    if any(hasattr(module, "tiered_layout") for module in model.modules()):
         raise AlreadyWrappedError(
             "this model is on a runtime already (model.tiered_mem); unwrap() it first"
         )
-    _check_options(prefetch, eviction, hbm, dram, runtime)
+    _check_options(prefetch, eviction, codec, hbm, dram, runtime)
     before = model.config._experts_implementation
     implementation = _implementation(before)
     with ExitStack() as undo:
@@ -138,152 +137,14 @@ def offload(
         budgets = _budgets(hbm, dram, runtime, layouts, top_k)
         budgets.warn_below_cycle(_cycle_nbytes(layouts, top_k))
         directory = _store_directory(nvme, undo)
-        _move_experts(model, directory, codec, progress)
-        store = Store.open(directory)
-        undo.callback(store.close)
-        model.set_experts_implementation(implementation)
-        _wrap(model, layouts, store, None, budgets, runtime, eviction, prefetch, undo)
-        model.tiered_mem._stock_implementation = before
+        _require_empty(directory)
+        with _undone_if_it_fails(model, directory):
+            _move_experts(model, directory, codec, progress)
+            store = Store.open(directory)
+            undo.callback(store.close)
+            model.set_experts_implementation(implementation)
+            _wrap(model, layouts, store, None, budgets, runtime, eviction, prefetch, before, undo)
     return model
-
-
-class TieredModel:
-    """The handle of a wrapped model, `model.tiered_mem`."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        layouts: Sequence[ExpertLayout],
-        store: Store,
-        checkpoint: Checkpoint | None,
-        runtime: Runtime,
-        owns_runtime: bool,
-        prefetch: str | Predictor,
-    ) -> None:
-        self.model = model
-        self.layouts = list(layouts)
-        self.store = store
-        self.runtime = runtime
-        predictor = make_predictor(prefetch)
-        self.prefetch = predictor.name
-        self.closed = False
-        self._owns_runtime = owns_runtime
-        self._checkpoint = checkpoint
-        self._resources = ExitStack()
-        self._stock_implementation: str | None = None
-        self._baseline = runtime.stats()
-        self._space = runtime.attach(store, repair=self._reread if checkpoint else None)
-        self._experts = find_experts(model)
-        self._hooks = RouterHooks(
-            model,
-            self._experts,
-            predictor,
-            self._hint,
-            layer_resident=self._space.layer_resident,
-            worthwhile=self._space.prefetch_pays,
-        )
-        for _, module, layer in self._experts:
-            module.tiered = TieredExperts(self._space, layer, self.layouts[layer], self._hooks)  # type: ignore[assignment]
-
-    @property
-    def budgets(self) -> Budgets:
-        return self.runtime.budgets
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all experts."""
-        return sum(layout.num_experts * layout.nbytes for layout in self.layouts)
-
-    def stats(self) -> Stats:
-        """Return the runtime's counts since the model was wrapped, or since `reset_stats`."""
-        return self.runtime.stats() - self._baseline
-
-    def reset_stats(self) -> None:
-        """Count from now on."""
-        self._baseline = self.runtime.stats()
-
-    def prefetch_report(self) -> dict[str, Any]:
-        """Return what was predicted and how well, by layer, and where prefetch is off and why."""
-        layers = {
-            layer: {"num_hints": hints, "num_right": right, "on": on}
-            for layer, (hints, right, on) in self._space.precision().items()
-        }
-        return {"predictor": self.prefetch, "layers": layers, "notes": self._hooks.report()}
-
-    def fill(self, progress: Progress | None = None) -> None:
-        """Read experts ahead of the first token until HBM and DRAM are full."""
-        keys = [
-            BlockKey(Kind.EXPERT, layer, index)
-            for layer, layout in enumerate(self.layouts)
-            for index in range(layout.num_experts)
-        ]
-        self._space.fill(keys, progress)
-
-    def close(self) -> None:
-        """Give memory, store and threads back. The model can't run afterwards.
-
-        Calls under way in other threads end with `RuntimeClosedError`. Closing twice is fine.
-        """
-        if self.closed:
-            return
-        self.closed = True
-        self._hooks.close()
-        for _, module, _ in self._experts:
-            del module.tiered
-        if self._owns_runtime:
-            self.runtime.close()
-        self._space.close()
-        self._resources.close()
-
-    def unwrap(self) -> PreTrainedModel:
-        """Bring the experts back into memory as the stock model's parameters, and close.
-
-        Raises `RuntimeClosedError` if it is closed already; `StoreError` if a block can't be read
-        (then the model stays wrapped).
-        """
-        if self.closed:
-            raise RuntimeClosedError("this model is closed: its experts are gone; load it again")
-        parameters = [self._read_layer(layer) for layer in range(len(self.layouts))]
-        self.close()
-        for _, module, layer in self._experts:
-            for name, parameter in parameters[layer].items():
-                delattr(module, name)  # the stand-in on meta
-                module.register_parameter(name, parameter)
-            del module.tiered_layout, module.tiered_layer
-        self.model.set_experts_implementation(self._stock_implementation or "grouped_mm")
-        del self.model.save_pretrained, self.model.tiered_mem
-        return self.model
-
-    def _read_layer(self, layer: int) -> dict[str, nn.Parameter]:
-        layout = self.layouts[layer]
-        whole = {
-            field.name: torch.empty(layout.num_experts, *field.shape, dtype=field.dtype)
-            for field in layout.fields
-        }
-        block = allocate(layout.nbytes)
-        with self.store.snapshot() as snapshot:
-            for index in range(layout.num_experts):
-                snapshot.read(BlockKey(Kind.EXPERT, layer, index), block)
-                for name, view in layout.views(torch.from_numpy(block)).items():
-                    whole[name][index] = view
-        return {
-            name: nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-            for name, tensor in whole.items()
-        }
-
-    def _reread(self, key: BlockKey, out: npt.NDArray[np.uint8]) -> None:
-        if self._checkpoint is None:
-            raise StoreError(f"{key} is damaged in the store and has no other source")
-        self._checkpoint.read_expert(key.layer, key.index, torch.from_numpy(out))
-
-    def _hint(self, layer: int, ranked: Sequence[int], exact: bool) -> None:
-        self._space.hint(layer, ranked, exact=exact)
-
-    def __reduce__(self) -> Any:
-        raise TieredMemError(
-            "a wrapped model can't be pickled or copied: its experts are in a store; unwrap() it "
-            "first, or load it again in the other process"
-        )
 
 
 def _wrap(
@@ -295,16 +156,19 @@ def _wrap(
     runtime: Runtime | None,
     eviction: str | None,
     prefetch: str | Predictor,
+    stock: str | None,
     undo: ExitStack,
 ) -> None:
     """Attach the handle. What `undo` holds becomes the handle's to close."""
-    owns = runtime is None
+    repair = None if checkpoint is None else _repair_from(checkpoint)
     if runtime is None:
         runtime = Runtime.from_budgets(budgets, eviction=eviction or "lru")
-        undo.callback(runtime.close)
-    handle = TieredModel(model, layouts, store, checkpoint, runtime, owns, prefetch)
-    handle._resources = undo.pop_all()
-    model.tiered_mem = handle
+        undo.callback(runtime.close)  # with its space, whose events it doesn't wait for
+        space = runtime.attach(store, repair=repair)
+    else:
+        space = runtime.attach(store, repair=repair)
+        undo.callback(space.close)
+    model.tiered_mem = TieredModel(model, layouts, store, checkpoint, space, prefetch, undo, stock)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise TieredMemError(
@@ -314,14 +178,58 @@ def _wrap(
     model.save_pretrained = refuse
 
 
+def _repair_from(checkpoint: Checkpoint) -> Repair:
+    # Doesn't refer to the handle: what the runtime holds must not keep a dropped model alive.
+    def reread(key: BlockKey, out: npt.NDArray[np.uint8]) -> None:
+        checkpoint.read_expert(key.layer, key.index, torch.from_numpy(out))
+
+    return reread
+
+
+@contextmanager
+def _undone_if_it_fails(model: PreTrainedModel, directory: Path) -> Iterator[None]:
+    """Put the experts back into the model, and drop their store, if the block fails."""
+    before = model.config._experts_implementation
+    kept = [(e.module, per_expert_tensors(e.module)) for e in require_experts(model)]
+    try:
+        yield
+    except BaseException:
+        for module, tensors in kept:
+            if hasattr(module, "tiered_layout"):
+                module.__dict__.pop("tiered", None)
+                put_back(module, tensors)
+        if model.config._experts_implementation != before:
+            model.set_experts_implementation(before or "grouped_mm")
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def _open_checkpoint(
+    path: str, model_class: type[Any] | None, hf_kwargs: dict[str, Any]
+) -> Checkpoint:
+    try:
+        return Checkpoint.open(path, model_class=model_class, **hf_kwargs)
+    except TypeError as error:
+        # What from_pretrained of transformers doesn't know it passes on to the model's class.
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found is None or found[1] not in hf_kwargs:
+            raise
+        raise ConfigError(
+            f"unknown option {found[1]!r}: neither tiered_mem.from_pretrained nor the model's own "
+            "from_pretrained takes it"
+        ) from error
+
+
 def _check_options(
     prefetch: str | Predictor,
     eviction: str | None,
+    codec: str,
     hbm: Size | None,
     dram: Size | None,
     runtime: Runtime | None,
 ) -> None:
     make_predictor(prefetch)
+    Codec.choose(codec, itemsize=1)
     if runtime is None:
         _core.check_eviction(eviction or "lru")
         return
@@ -332,10 +240,10 @@ def _check_options(
 
 
 def _implementation(stock: str | None) -> str:
-    if stock not in IMPLEMENTATIONS:
+    if not isinstance(stock, str | None) or stock not in IMPLEMENTATIONS:
         raise ConfigError(
-            f"experts_implementation={stock!r} computes by kernels of its own; leave it, or use "
-            "one of " + ", ".join(repr(name) for name in IMPLEMENTATIONS if name)
+            f"experts_implementation={stock!r} isn't known to compute as tiered experts can; leave "
+            "it, or use one of " + ", ".join(repr(name) for name in IMPLEMENTATIONS if name)
         )
     return IMPLEMENTATIONS[stock]
 
@@ -372,7 +280,9 @@ def _budgets(
 def _store_directory(nvme: str | Path | None, undo: ExitStack) -> Path:
     if nvme is not None:
         return Path(nvme)
-    return Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="tiered-mem-"))) / "store"
+    temporary = tempfile.mkdtemp(prefix="tiered-mem-")
+    undo.callback(shutil.rmtree, temporary, ignore_errors=True)
+    return Path(temporary) / "store"
 
 
 def _packed_store(
@@ -386,15 +296,18 @@ def _packed_store(
     return store
 
 
-def _move_experts(
-    model: PreTrainedModel, directory: Path, codec: str, progress: Progress | None
-) -> None:
-    """Write the experts of a model in memory into a new store, then drop them from the model."""
+def _require_empty(directory: Path) -> None:
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(
             f"{directory} isn't empty: a model in memory goes into a store of its own; give a new "
             "directory"
         )
+
+
+def _move_experts(
+    model: PreTrainedModel, directory: Path, codec: str, progress: Progress | None
+) -> None:
+    """Write the experts of a model in memory into a new store, then drop them from the model."""
     total = sum(
         experts.module.num_experts * ExpertLayout.of_module(experts.module).nbytes
         for experts in require_experts(model)

@@ -1,0 +1,182 @@
+"""The handle of a wrapped model: what it has counted, and the way back."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tiered_mem.config import Budgets
+from tiered_mem.errors import ChecksumError, RuntimeClosedError, TieredMemError
+from tiered_mem.hf.checkpoint import Checkpoint
+from tiered_mem.hf.detect import find_experts
+from tiered_mem.hf.experts import TieredExperts
+from tiered_mem.hf.layout import ExpertLayout
+from tiered_mem.hf.prefetch import RouterHooks
+from tiered_mem.keys import BlockKey, Kind
+from tiered_mem.policies.prefetch import Predictor, make_predictor
+from tiered_mem.runtime import Space
+from tiered_mem.stats import Stats
+from tiered_mem.store import Store, allocate
+
+Progress = Callable[[int, int], None]
+
+
+class TieredModel:
+    """The handle of a wrapped model, `model.tiered_mem`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layouts: Sequence[ExpertLayout],
+        store: Store,
+        checkpoint: Checkpoint | None,
+        space: Space,
+        prefetch: str | Predictor,
+        resources: ExitStack,
+        stock_implementation: str | None,
+    ) -> None:
+        """Take over `resources`, of which what is to be closed first came last."""
+        self.model = model
+        self.layouts = list(layouts)
+        self.store = store
+        self.runtime = space.runtime
+        predictor = make_predictor(prefetch)
+        self.prefetch = predictor.name
+        self._checkpoint = checkpoint
+        self._stock_implementation = stock_implementation
+        self._baseline = self.runtime.stats()
+        self._space = space
+        self._experts = find_experts(model)
+        self._hooks = RouterHooks(
+            model,
+            self._experts,
+            predictor,
+            self._hint,
+            layer_resident=self._space.layer_resident,
+            worthwhile=self._space.prefetch_pays,
+        )
+        for _, module, layer in self._experts:
+            module.tiered = TieredExperts(self._space, layer, self.layouts[layer], self._hooks)  # type: ignore[assignment]
+        # Also when the model is dropped without close(), and at the end of the process.
+        self._give_back = weakref.finalize(self, _give_back, resources.pop_all(), os.getpid())
+
+    @property
+    def closed(self) -> bool:
+        return not self._give_back.alive
+
+    @property
+    def budgets(self) -> Budgets:
+        return self.runtime.budgets
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts."""
+        return sum(layout.num_experts * layout.nbytes for layout in self.layouts)
+
+    def stats(self) -> Stats:
+        """Return the runtime's counts since the model was wrapped, or since `reset_stats`."""
+        return self.runtime.stats() - self._baseline
+
+    def reset_stats(self) -> None:
+        """Count from now on."""
+        self._baseline = self.runtime.stats()
+
+    def prefetch_report(self) -> dict[str, Any]:
+        """Return what was predicted and how well, by layer, and where prefetch is off and why."""
+        layers = {
+            layer: {"num_hints": hints, "num_right": right, "on": on}
+            for layer, (hints, right, on) in self._space.precision().items()
+        }
+        return {"predictor": self.prefetch, "layers": layers, "notes": self._hooks.report()}
+
+    def fill(self, progress: Progress | None = None) -> None:
+        """Read experts ahead of the first token until HBM and DRAM are full."""
+        keys = [
+            BlockKey(Kind.EXPERT, layer, index)
+            for layer, layout in enumerate(self.layouts)
+            for index in range(layout.num_experts)
+        ]
+        self._space.fill(keys, progress)
+
+    def close(self) -> None:
+        """Give memory, store and threads back. The model can't run afterwards.
+
+        Calls under way in other threads end with `RuntimeClosedError`. Closing twice is fine.
+        """
+        self._hooks.close()
+        for _, module, _ in self._experts:
+            module.__dict__.pop("tiered", None)
+        self._give_back()  # once, whoever comes first
+
+    def unwrap(self) -> PreTrainedModel:
+        """Bring the experts back into memory as the stock model's parameters, and close.
+
+        A block that is damaged in the store is read from the checkpoint.
+
+        Raises `RuntimeClosedError` if it is closed already; `StoreError` or `TransferError` if a
+        block can't be read (then the model stays wrapped).
+        """
+        if self.closed:
+            raise RuntimeClosedError("this model is closed: its experts are gone; load it again")
+        parameters = [self._read_layer(layer) for layer in range(len(self.layouts))]
+        self.close()
+        for _, module, layer in self._experts:
+            put_back(module, parameters[layer])
+        self.model.set_experts_implementation(self._stock_implementation or "grouped_mm")
+        del self.model.save_pretrained, self.model.tiered_mem
+        return self.model
+
+    def _read_layer(self, layer: int) -> dict[str, nn.Parameter]:
+        layout = self.layouts[layer]
+        whole = {
+            field.name: torch.empty(layout.num_experts, *field.shape, dtype=field.dtype)
+            for field in layout.fields
+        }
+        block = allocate(layout.nbytes)
+        with self.store.snapshot() as snapshot:
+            for index in range(layout.num_experts):
+                key = BlockKey(Kind.EXPERT, layer, index)
+                try:
+                    snapshot.read(key, block)
+                except ChecksumError:
+                    if self._checkpoint is None:
+                        raise
+                    self._checkpoint.read_expert(layer, index, torch.from_numpy(block))
+                for name, view in layout.views(torch.from_numpy(block)).items():
+                    whole[name][index] = view
+        return {
+            name: nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+            for name, tensor in whole.items()
+        }
+
+    def _hint(self, layer: int, ranked: Sequence[int], exact: bool) -> None:
+        self._space.hint(layer, ranked, exact=exact)
+
+    def __reduce__(self) -> Any:
+        raise TieredMemError(
+            "a wrapped model can't be pickled or copied: its experts are in a store; unwrap() it "
+            "first, or load it again in the other process"
+        )
+
+
+def put_back(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Make a hollow module a stock one again."""
+    for name, tensor in tensors.items():
+        delattr(module, name)  # the stand-in on meta
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(name, tensor)
+        else:
+            module.register_buffer(name, tensor)
+    del module.tiered_layout, module.tiered_layer
+
+
+def _give_back(resources: ExitStack, process: int) -> None:
+    if os.getpid() == process:  # a forked child shares the store's files, but doesn't own them
+        resources.close()
