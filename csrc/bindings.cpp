@@ -60,11 +60,22 @@ size_t nbytes(const py::buffer_info& info) {
   return static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize);
 }
 
-template <uint32_t (*Function)(const void*, size_t, uint32_t)>
 uint32_t checksum(const py::buffer& data, uint32_t seed) {
   const py::buffer_info info = contiguous(data, false);
   py::gil_scoped_release release;
-  return Function(info.ptr, nbytes(info), seed);
+  return crc32c(info.ptr, nbytes(info), seed);
+}
+
+// The result by every implementation this machine can run.
+py::dict checksums(const py::buffer& data, uint32_t seed) {
+  const py::buffer_info info = contiguous(data, false);
+  py::dict results;
+  for (const ChecksumImplementation& implementation : crc32c_implementations()) {
+    const auto* bytes = static_cast<const unsigned char*>(info.ptr);
+    results[implementation.name] =
+        static_cast<uint32_t>(~implementation.update(~seed, bytes, nbytes(info)));
+  }
+  return results;
 }
 
 void read_block_into(const Extent& extent, const py::buffer& out) {
@@ -95,10 +106,10 @@ std::shared_ptr<Extent> parse(std::shared_ptr<File> file, const py::bytes& key,
 void bind_store(py::module_& m) {
   m.attr("CHUNK_NBYTES") = kChunkNbytes;
   m.attr("IO_ALIGNMENT") = kIoAlignment;
-  m.def("crc32c", &checksum<crc32c>, py::arg("data"), py::arg("seed") = 0,
+  m.def("crc32c", &checksum, py::arg("data"), py::arg("seed") = 0,
         "CRC-32C of a contiguous buffer.");
-  m.def("crc32c_software", &checksum<crc32c_software>, py::arg("data"), py::arg("seed") = 0,
-        "CRC-32C by table lookups: what crc32c is tested against.");
+  m.def("crc32c_by_implementation", &checksums, py::arg("data"), py::arg("seed") = 0,
+        "CRC-32C by every implementation this machine can run, the one in use first.");
   m.def(
       "async_reads_available", [] { return BlockReader().async(); },
       "Whether one thread can keep several reads in flight here (Linux native AIO).");
