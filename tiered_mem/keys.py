@@ -30,7 +30,7 @@ class BlockKey(NamedTuple):
 
     kind: Kind
     layer: int
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of that name
     space: int = 0
 
     def pack(self) -> int:
