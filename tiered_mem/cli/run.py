@@ -32,7 +32,7 @@ def run(
     temperature: Annotated[
         float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of sampling.")] = 0,
     dtype: DtypeOption = Dtype.auto,
     codec: CodecOption = Codec.none,
     as_json: output.JsonOption = False,
