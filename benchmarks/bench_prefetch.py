@@ -4,13 +4,14 @@ The trained tiny-moe decodes text of its own, token by token, with a quarter of 
 and no DRAM tier. The link is slowed until its transfers take as long as the computing: that is
 where a prefetch has most to win and a wrong one most to spoil. Predictors:
 
-- none, next-gate, previous-token: as shipped;
+- none, next-gate, previous-token: as shipped; none twice, to show how far equals differ here;
 - oracle R%: knows the routes, recorded before on the same tokens. It names as many experts as the
   router takes; each is right with probability R, else a random wrong one. Ranks say nothing.
 
 Every predictor has a model, runtime and store of its own, so what it has learned and cached stays
-with it. Rounds are interleaved on the same text; the first is for learning and not counted.
-Reported are medians over rounds of tokens/s and of the ratio to `none` in the same round.
+with it. All decode the same texts; they take turns of a few tokens, so that whatever else the
+machine does meets all alike. The first text is for learning and not counted. Reported are medians
+over turns of tokens/s and of the ratio to `none` in the same turn.
 
     python benchmarks/bench_prefetch.py [--smoke] [--json FILE]
 """
@@ -18,14 +19,13 @@ Reported are medians over rounds of tokens/s and of the ratio to `none` in the s
 from __future__ import annotations
 
 import argparse
-import functools
 import random
-import sys
+import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import torch
@@ -36,8 +36,15 @@ import tiered_mem
 from tiered_mem.hf.detect import find_experts
 
 MODEL = Path(__file__).parent / "models" / "tiny-moe"
-RECALLS = (0, 20, 40, 50, 60, 80, 100)
+RECALLS = (0, 25, 50, 75, 100)
 Routes = list[list[list[int]]]  # [token][layer] -> expert ids
+
+
+class Text(NamedTuple):
+    """Token ids [length] and the routes that they take."""
+
+    tokens: torch.Tensor
+    routes: Routes
 
 
 class Oracle(Predictor):
@@ -78,23 +85,30 @@ class Peer:
             MODEL, hbm=hbm, dram=0, nvme=folder, prefetch=prefetch
         )
         self.handle = self.model.tiered_mem
-        self.rounds: list[dict[str, Any]] = []
+        self.turns: list[dict[str, Any]] = []
 
-    def decode(self, tokens: torch.Tensor, routes: Routes) -> float:
+    def decode(self, tokens: torch.Tensor, cache: DynamicCache) -> float:
         """Feed `tokens` [length] one by one. Returns tokens per second; keeps the counts."""
-        if isinstance(self.predictor, Oracle):
-            self.predictor.learn(routes, self.model.config.num_local_experts)
-        cache = DynamicCache(config=self.model.config)
         before = self.handle.stats()
+        first = cache.get_seq_length()
         started = time.perf_counter()
         for position in range(len(tokens)):
             if isinstance(self.predictor, Oracle):
-                self.predictor.token = position
+                self.predictor.token = first + position
             self.model(tokens[None, position : position + 1], past_key_values=cache)
         seconds = time.perf_counter() - started
         counted = self.handle.stats() - before
-        self.rounds.append({"seconds": seconds, **counted.as_dict()})
+        self.turns.append({"seconds": seconds, **counted.as_dict()})
         return len(tokens) / seconds
+
+    def turns_over(self, texts: list[Text], turn: int) -> Iterator[float]:
+        """Decode `turn` tokens at each step, text after text. Yields tokens per second."""
+        for text in texts:
+            cache = DynamicCache(config=self.model.config)
+            if isinstance(self.predictor, Oracle):
+                self.predictor.learn(text.routes, self.model.config.num_local_experts)
+            for tokens in text.tokens.split(turn):
+                yield self.decode(tokens, cache)
 
 
 def main() -> None:
@@ -103,12 +117,13 @@ def main() -> None:
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory(dir=options.dir) as scratch:
         folder = Path(scratch)
-        texts, routes, compute_seconds = _texts(folder / "resident", options)
+        texts, compute_seconds = _texts(folder / "resident", options)
         peers = _peers(folder, options)
-        rate = options.rate or _rate(peers["none"], texts[0], compute_seconds)
+        missed = _missed_per_token(peers["none"], texts[0])
+        rate = missed / compute_seconds / options.slowness
         for peer in peers.values():
             peer.handle.runtime.throttle("nvme_to_hbm", rate)
-        measured = _measure(peers, texts, routes)
+        measured = _measure(peers, texts, options.turn)
         where = common.machine(folder)
     results = {
         "machine": where,
@@ -117,14 +132,15 @@ def main() -> None:
             "hbm": "25%",
             "dram": 0,
             "threads": 1,
-            "num_tokens": options.num_tokens,
-            "num_rounds": options.rounds,
+            "num_tokens": sum(len(text.tokens) for text in texts[1:]),
+            "tokens_per_turn": options.turn,
             "link_bytes_per_second": rate,
+            "missed_bytes_per_token": missed,
             "compute_seconds_per_token": compute_seconds,
         },
-        "summary": _summarise(peers, measured, options.num_tokens),
+        "summary": _summarise(peers, measured, options.turn),
         "tokens_per_second": measured,
-        "counts": {name: peer.rounds for name, peer in peers.items()},
+        "counts": {name: peer.turns for name, peer in peers.items()},
     }
     for peer in peers.values():
         peer.handle.close()
@@ -134,49 +150,45 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = common.parser(__doc__.splitlines()[0], "prefetch")
-    parser.add_argument("--rounds", type=int, help="counted rounds: 9, or 1 with --smoke")
-    parser.add_argument("--num-tokens", type=int, help="tokens of a round: 160, or 8")
+    parser.add_argument("--texts", type=int, help="counted texts: 6, or 1 with --smoke")
+    parser.add_argument("--num-tokens", type=int, help="tokens of a text: 160, or 8")
+    parser.add_argument("--turn", type=int, help="tokens of a turn: 16, or 4")
+    parser.add_argument("--recalls", type=int, nargs="*", help="of the oracle, in %%")
     parser.add_argument(
-        "--rate",
-        type=float,
-        help="bytes/s of the link (default: transfers take as long as computing)",
+        "--slowness", type=float, default=1.0, help="of the link: time of transfers by computing"
     )
     options = parser.parse_args()
-    options.rounds = options.rounds or (1 if options.smoke else 9)
-    options.num_tokens = options.num_tokens or (8 if options.smoke else 160)
-    options.recalls = (0, 100) if options.smoke else RECALLS
+    full = not options.smoke
+    options.texts = options.texts or (6 if full else 1)
+    options.num_tokens = options.num_tokens or (160 if full else 8)
+    options.turn = options.turn or (16 if full else 4)
+    if options.recalls is None:
+        options.recalls = RECALLS if full else (0, 100)
     return options
 
 
-def _texts(
-    folder: Path, options: argparse.Namespace
-) -> tuple[list[torch.Tensor], list[Routes], float]:
-    """Let the model write a text for each round; return these, their routes, and its speed.
+def _texts(folder: Path, options: argparse.Namespace) -> tuple[list[Text], float]:
+    """Let the model write texts; return them with their routes, and the model's speed.
 
     The speed is seconds per token with every expert in HBM: what can't be hidden.
     """
     peer = Peer(folder, "none", "100%")
     peer.handle.fill()
-    texts, routes = [], []
-    for number in range(options.rounds + 1):
+    texts = []
+    length = {"min_new_tokens": options.num_tokens, "max_new_tokens": options.num_tokens}
+    for number in range(options.texts + 1):
         torch.manual_seed(number)
         start = torch.randint(1, peer.model.config.vocab_size, (1, 1))
-        text = peer.model.generate(
-            start,
-            do_sample=True,
-            min_new_tokens=options.num_tokens,
-            max_length=options.num_tokens + 1,
-        )[0, : options.num_tokens]
-        texts.append(text)
-        routes.append(_record(peer, texts[-1]))
-    speeds = [peer.decode(text, []) for text in texts]
+        tokens = peer.model.generate(start, do_sample=True, **length)[0, : options.num_tokens]
+        texts.append(Text(tokens, _record(peer, tokens)))
+    speeds = list(peer.turns_over(texts, options.turn))
     peer.handle.close()
-    return texts, routes, 1 / sorted(speeds)[len(speeds) // 2]
+    return texts, 1 / statistics.median(speeds)
 
 
-def _record(peer: Peer, text: torch.Tensor) -> Routes:
+def _record(peer: Peer, tokens: torch.Tensor) -> Routes:
     experts = find_experts(peer.model)
-    routes: Routes = [[[] for _ in experts] for _ in text]
+    routes: Routes = [[[] for _ in experts] for _ in tokens]
     token = 0
 
     def note(layer: int, args: tuple[Any, ...]) -> None:
@@ -187,17 +199,17 @@ def _record(peer: Peer, text: torch.Tensor) -> Routes:
         for e in experts
     ]
     cache = DynamicCache(config=peer.model.config)
-    for token in range(len(text)):
-        peer.model(text[None, token : token + 1], past_key_values=cache)
+    for token in range(len(tokens)):
+        peer.model(tokens[None, token : token + 1], past_key_values=cache)
     for handle in handles:
         handle.remove()
     return routes
 
 
 def _peers(folder: Path, options: argparse.Namespace) -> dict[str, Peer]:
-    predictors: dict[str, str | Predictor] = {
-        name: name for name in ("none", "next-gate", "previous-token")
-    }
+    names = ("none", "next-gate", "previous-token")
+    predictors: dict[str, str | Predictor] = {name: name for name in names}
+    predictors["none again"] = "none"
     predictors |= {f"oracle {recall}%": Oracle(recall / 100) for recall in options.recalls}
     return {
         name: Peer(folder / name.replace(" ", "-").rstrip("%"), predictor, "25%")
@@ -205,46 +217,41 @@ def _peers(folder: Path, options: argparse.Namespace) -> dict[str, Peer]:
     }
 
 
-def _rate(none: Peer, text: torch.Tensor, compute_seconds: float) -> float:
-    """Return the bytes per second at which a token's missed bytes take as long as computing it."""
-    none.decode(text, [])
-    missed = none.rounds.pop()["nbytes_missed"] / len(text)
-    return float(missed / compute_seconds)
+def _missed_per_token(none: Peer, text: Text) -> float:
+    """Return the bytes that a token misses without prefetch."""
+    none.decode(text.tokens, DynamicCache(config=none.model.config))
+    return float(none.turns.pop()["nbytes_missed"] / len(text.tokens))
 
 
-def _measure(
-    peers: dict[str, Peer], texts: list[torch.Tensor], routes: list[Routes]
-) -> dict[str, list[float]]:
-    def next_text(name: str) -> float:
-        number = len(peers[name].rounds)
-        print(f"round {number} of {len(texts) - 1}: {name}", file=sys.stderr)
-        return peers[name].decode(texts[number], routes[number])
-
-    turns = {name: functools.partial(next_text, name) for name in peers}
-    measured = common.interleave(turns, len(texts))
+def _measure(peers: dict[str, Peer], texts: list[Text], turn: int) -> dict[str, list[float]]:
+    running = {name: peer.turns_over(texts, turn) for name, peer in peers.items()}
+    turns_per_text = -(-len(texts[0].tokens) // turn)
+    measured = common.interleave(
+        {name: running[name].__next__ for name in peers}, turns_per_text * len(texts)
+    )
     for peer in peers.values():
-        del peer.rounds[0]  # for learning
-    return {name: speeds[1:] for name, speeds in measured.items()}
+        del peer.turns[:turns_per_text]
+    return {name: speeds[turns_per_text:] for name, speeds in measured.items()}
 
 
 def _summarise(
-    peers: dict[str, Peer], measured: dict[str, list[float]], num_tokens: int
+    peers: dict[str, Peer], measured: dict[str, list[float]], turn: int
 ) -> dict[str, dict[str, float]]:
     speeds = common.median_of(measured)
     summary = {}
     for name, peer in peers.items():
         total = {
-            key: sum(counts[key] for counts in peer.rounds)
+            key: sum(counts[key] for counts in peer.turns)
             for key in ("num_prefetched", "num_prefetched_used", "num_nvme_reads", "stall_seconds")
         }
         missing = total["num_prefetched_used"] + total["num_nvme_reads"]
         summary[name] = {
             "tokens_per_second": speeds[name],
             "ratio_to_none": common.paired_ratio(measured[name], measured["none"]),
-            "prefetched_per_token": total["num_prefetched"] / len(peer.rounds) / num_tokens,
+            "prefetched_per_token": total["num_prefetched"] / len(peer.turns) / turn,
             "prefetch_precision": total["num_prefetched_used"] / max(1, total["num_prefetched"]),
             "prefetch_recall": total["num_prefetched_used"] / max(1, missing),
-            "stall_share": total["stall_seconds"] / sum(c["seconds"] for c in peer.rounds),
+            "stall_share": total["stall_seconds"] / sum(c["seconds"] for c in peer.turns),
         }
     return summary
 
@@ -253,8 +260,11 @@ def _print(results: dict[str, Any]) -> None:
     summary = results["summary"]
     header = ["predictor", *next(iter(summary.values()))]
     common.print_table([[name, *values.values()] for name, values in summary.items()], header)
-    worst = min(values["ratio_to_none"] for values in summary.values())
-    print(f"\nworst ratio to none {worst}, next-gate {summary['next-gate']['ratio_to_none']}")
+    ratios = {name: values["ratio_to_none"] for name, values in summary.items()}
+    noise = ratios.pop("none again")
+    worst = min(ratios, key=ratios.__getitem__)
+    print(f"\nnext-gate {ratios['next-gate']} of none; worst: {worst} {ratios[worst]}")
+    print(f"none against itself: {noise}")
 
 
 if __name__ == "__main__":
