@@ -225,6 +225,7 @@ void Tiers::hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bo
   for (std::uint32_t rank = 0; rank < num_keys; ++rank)
     hints.push_back({keys[rank], rank, hbm_.find(keys[rank]) == nullptr});
   stats_.num_hints += num_keys;
+  ++clock_;  // several layers may be hinted before the first one's event: what is due first, first
 
   // What is predicted and present stays, at least as far as other guesses are concerned.
   for (const Hint& hint : hints)

@@ -207,7 +207,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   std::deque<const Event*> queue_;             // waiting for room, oldest first
   std::unordered_map<std::uint64_t, std::uint32_t> holders_;  // unreleased events by stream
   HintBook hints_;
-  std::uint64_t clock_ = 0;  // events so far: orders prefetches
+  std::uint64_t clock_ = 0;  // events and hints so far: orders prefetches
   TiersStats stats_;
   TransferEngine engine_;  // last: its threads end before the rest goes
 };

@@ -163,6 +163,18 @@ def test_streams_are_told_apart(blocks: Blocks) -> None:
     assert tiers.precision()[int(expert(1, 0)) >> 32] == (2, 2, False)
 
 
+def test_what_is_hinted_first_comes_first(blocks: Blocks) -> None:
+    tiers = make(blocks, 64)
+    tiers.throttle("nvme_to_hbm", NBYTES / 0.05)
+    busy = tiers.acquire(experts(0, [0]))
+    for layer in (1, 2):
+        tiers.hint(experts(layer, [0, 1, 2, 3]), exact=True)
+    assert not wait_all(busy)
+    busy.release()
+    arrive(tiers, 2, [0])
+    assert resident(tiers, 1) == {0, 1, 2, 3}
+
+
 # --- proving that hints pay ---
 
 
