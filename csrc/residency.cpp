@@ -37,7 +37,9 @@ Admission Residency::admit(const std::vector<Wanted>& wanted, Entry entry,
   Taken taken;
   if (!take_short(arena_, idle_, need, spare_protected, taken)) {
     // A guess never takes a slab from another size class.
-    if (spare_protected || !make_room(need, victims)) return Admission::busy;
+    if (spare_protected || nbytes > arena_.budget() - arena_.nbytes_used() + nbytes_idle() ||
+        !make_room(need, victims))
+      return Admission::busy;
     taken.clear();
     if (!take_short(arena_, idle_, need, spare_protected, taken))
       throw std::logic_error("admit: the room that was made isn't there");
@@ -194,6 +196,12 @@ bool Residency::resize(std::uint64_t budget, std::vector<Arena::Slab>& released)
     victims.push_back(remove(*find(*key), false));
   }
   return arena_.nbytes_cut() <= budget;
+}
+
+std::uint64_t Residency::nbytes_idle() const {
+  std::uint64_t nbytes = 0;
+  for (const auto& [slot_nbytes, count] : idle_) nbytes += slot_nbytes * count.all;
+  return nbytes;
 }
 
 bool Residency::quiet() const {

@@ -117,6 +117,7 @@ class Residency {
                   Taken& taken) const;
   bool make_room(const Need& need, std::vector<Victim>& victims);
   std::map<std::uint64_t, SlabUse> survey() const;
+  std::uint64_t nbytes_idle() const;
   void empty_slab(std::uint64_t offset, const SlabUse& use, std::vector<Victim>& victims);
   void evict_one(std::uint64_t slot_nbytes, bool spare_protected, std::vector<Victim>& victims);
   Victim remove(Block& block, bool slot_reused);
