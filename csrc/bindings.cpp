@@ -2,6 +2,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <optional>
 #include <set>
@@ -18,6 +20,35 @@ namespace py = pybind11;
 using namespace tiered_mem;
 
 namespace {
+
+// --- the GIL ---
+
+// Python's main thread, which alone handles signals and ends the interpreter.
+bool in_main_thread() { return syscall(SYS_gettid) == getpid(); }
+
+bool interpreter_is_ending() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing();
+#else
+  return _Py_IsFinalizing();
+#endif
+}
+
+// Gives the GIL up for its lifetime. A daemon thread that comes back when the interpreter is gone
+// stops here: taking the GIL would end the thread through C++ frames, and so the process.
+class NoGil {
+ public:
+  NoGil() = default;
+  ~NoGil() {
+    while (interpreter_is_ending() && !in_main_thread()) pause();
+    PyEval_RestoreThread(state_);
+  }
+  NoGil(const NoGil&) = delete;
+  NoGil& operator=(const NoGil&) = delete;
+
+ private:
+  PyThreadState* state_ = PyEval_SaveThread();
+};
 
 // --- errors ---
 
@@ -62,7 +93,7 @@ size_t nbytes(const py::buffer_info& info) {
 
 uint32_t checksum(const py::buffer& data, uint32_t seed) {
   const py::buffer_info info = contiguous(data, false);
-  py::gil_scoped_release release;
+  NoGil release;
   return crc32c(info.ptr, nbytes(info), seed);
 }
 
@@ -80,7 +111,7 @@ py::dict checksums(const py::buffer& data, uint32_t seed) {
 
 void read_block_into(const Extent& extent, const py::buffer& out) {
   const py::buffer_info info = contiguous(out, true);
-  py::gil_scoped_release release;
+  NoGil release;
   thread_local BlockReader reader;
   reader.read(extent, static_cast<std::byte*>(info.ptr), nbytes(info));
 }
@@ -149,9 +180,10 @@ void bind_store(py::module_& m) {
 // while it holds the GIL.
 
 using KeyArray = py::array_t<Key, py::array::c_style | py::array::forcecast>;
-using Released = py::call_guard<py::gil_scoped_release>;
+using Released = py::call_guard<NoGil>;
 
 void raise_on_signal() {
+  if (!in_main_thread()) return;
   py::gil_scoped_acquire acquire;
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
@@ -163,14 +195,14 @@ std::vector<Key> to_vector(const KeyArray& keys) {
 std::shared_ptr<Event> acquire(Tiers& tiers, const KeyArray& keys, uint64_t stream, bool wait) {
   const Key* data = keys.data();
   const auto num_keys = static_cast<size_t>(keys.size());
-  py::gil_scoped_release release;
+  NoGil release;
   return tiers.acquire(data, num_keys, stream, wait);
 }
 
 void hint(Tiers& tiers, const KeyArray& keys, uint64_t stream, bool exact) {
   const Key* data = keys.data();
   const auto num_keys = static_cast<size_t>(keys.size());
-  py::gil_scoped_release release;
+  NoGil release;
   tiers.hint(data, num_keys, stream, exact);
 }
 
@@ -189,7 +221,7 @@ py::tuple wait_any(Event& event) {
   std::vector<Event::Failure> failures;
   std::vector<uint32_t> positions;
   {
-    py::gil_scoped_release release;
+    NoGil release;
     positions = event.wait_any(failures);
   }
   py::list failed;
@@ -208,7 +240,7 @@ py::dict stats(Tiers& tiers) {
   TiersStats s;
   uint64_t hbm_used, dram_used;
   {
-    py::gil_scoped_release release;
+    NoGil release;
     s = tiers.stats();
     hbm_used = tiers.hbm_nbytes_used();
     dram_used = tiers.dram_nbytes_used();
@@ -231,7 +263,7 @@ py::dict stats(Tiers& tiers) {
 py::dict precision(Tiers& tiers) {
   std::map<Partition, HintBook::Precision> all;
   {
-    py::gil_scoped_release release;
+    NoGil release;
     all = tiers.precision();
   }
   py::dict result;
@@ -252,7 +284,7 @@ std::shared_ptr<Tiers> make_tiers(uint64_t hbm, uint64_t dram, uint64_t hbm_rese
   config.num_io_threads = num_io_threads;
   // The last owner may be Python: closing waits for I/O, which others needn't wait for.
   const auto destroy = [](Tiers* tiers) {
-    std::optional<py::gil_scoped_release> release;
+    std::optional<NoGil> release;
     if (PyGILState_Check()) release.emplace();
     Tiers::destroy(tiers);
   };
@@ -390,7 +422,7 @@ void bind_runtime(py::module_& m) {
              const std::vector<std::shared_ptr<Extent>>& extents) {
             std::vector<std::shared_ptr<const Extent>> sources(extents.begin(), extents.end());
             const std::vector<Key> names = to_vector(keys);
-            py::gil_scoped_release release;
+            NoGil release;
             tiers.add_blocks(names, std::move(sources));
           },
           py::arg("keys"), py::arg("extents"))
@@ -403,7 +435,7 @@ void bind_runtime(py::module_& m) {
           [](Tiers& tiers, const KeyArray& keys) {
             const Key* data = keys.data();
             const auto num_keys = static_cast<size_t>(keys.size());
-            py::gil_scoped_release release;
+            NoGil release;
             return tiers.num_resident(data, num_keys);
           },
           py::arg("keys"))
@@ -414,7 +446,7 @@ void bind_runtime(py::module_& m) {
           "throttle",
           [](Tiers& tiers, const std::string& link, double bytes_per_second) {
             const Link which = link_of(link);
-            py::gil_scoped_release release;
+            NoGil release;
             tiers.throttle(which, bytes_per_second);
           },
           py::arg("link"), py::arg("bytes_per_second"))
@@ -423,7 +455,7 @@ void bind_runtime(py::module_& m) {
       .def("hbm_memory", &Tiers::hbm_memory, Released())
       .def_property_readonly("closed",
                              [](Tiers& tiers) {
-                               py::gil_scoped_release release;
+                               NoGil release;
                                return tiers.closed();
                              })
       .def("close", &Tiers::close, Released());

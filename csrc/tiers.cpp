@@ -232,6 +232,7 @@ void Tiers::hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bo
     if (!hint.missing) hbm_.protect(*hbm_.find(hint.key), true);
 
   for (const Hint& hint : hints) {
+    if (!queue_.empty()) break;  // an event waits for the room that guesses would take
     if (!hint.missing || !(exact || hints_.pays(partition, hint.rank))) continue;
     if (hbm_.find(hint.key) != nullptr) continue;  // named twice
     const std::uint64_t nbytes = round_to_pages(source_of(hint.key)->nbytes);

@@ -276,8 +276,13 @@ tiers.hint(experts(0, [2]), exact=True)
         "sys.exit(0)",
         "sys.exit(0 if os.fork() == 0 else os.waitstatus_to_exitcode(os.wait()[1]))",
         "del tiers, event, memory",
+        # Daemon threads that wait: for bytes, for room, and woken when the interpreter is ending.
+        "import threading\n"
+        "for call in (event.wait_any, lambda: tiers.acquire(experts(0, [2, 3]), 5)):\n"
+        "    threading.Thread(target=call, daemon=True).start()\n"
+        "while tiers.acquire([], 6, False): pass",
     ],
-    ids=["exit", "fork", "del"],
+    ids=["exit", "fork", "del", "daemons"],
 )
 def test_the_interpreter_ends_with_reads_under_way(tmp_path: Path, end: str) -> None:
     script = SCRIPT.format(tests=str(Path(__file__).parent), path=str(tmp_path / "b"), end=end)
