@@ -10,154 +10,108 @@
 #include <exception>
 #include <string>
 
-#include "checksum.h"
 #include "error.h"
 
 namespace tiered_mem {
 namespace {
 
-// A piece is what one read fetches: at most a chunk and half of what is left of the block, so that
-// little is left to verify when the last one has come. Some devices (virtio among them) report
-// reads that are in flight together as done together, so fewer may be in flight than a block has.
-constexpr size_t kLeastPieceNbytes = size_t{256} << 10;
-constexpr size_t kDepth = 3;
-constexpr size_t kWindow = 2 * kDepth;  // pieces submitted and not yet consumed
+constexpr size_t kDepth = 8;  // chunks in flight
 constexpr size_t kSlotNbytes = kChunkNbytes + kIoAlignment;
 
-struct Piece {
-  size_t chunk;
-  size_t start, nbytes;  // within the stored chunk
-  std::byte* buffer;
-  bool done;
-};
-
-// One block on its way. Pieces are submitted and consumed in order, and may come in any order.
+// One block on its way: every slot holds a chunk that is in flight, or none.
 class BlockRead {
  public:
   BlockRead(const Extent& extent, std::byte* dst, size_t room, unsigned long context,
-            Scratch& scratch)
-      : extent_(extent), dst_(dst), room_(room), scratch_(scratch) {
-    if (extent.file->direct()) context_ = context;
-    for (const Chunk& chunk : extent.chunks) left_ += chunk.stored_nbytes;
+            AlignedBuffer& slots, Scratch& scratch)
+      : extent_(extent),
+        dst_(dst),
+        room_(room),
+        context_(context),
+        slots_(slots),
+        scratch_(scratch) {
+    for (size_t slot = 0; slot < kDepth; ++slot) free_[slot] = slot;
   }
 
   // The kernel writes into the buffers until every read is done, whatever was thrown.
   ~BlockRead() {
-    while (in_flight_ > 0) wait();
+    while (num_free_ < kDepth) wait();
   }
 
   void run() {
-    while (consumed_ < submitted_ || next_chunk_ < extent_.chunks.size()) {
-      submit();
-      Piece& piece = pieces_[consumed_ % kWindow];
-      if (!piece.done) {
-        complete(wait());
-        continue;  // so that the device has its next read before we compute
+    for (start(); num_free_ < kDepth; start()) {
+      const io_event event = wait();
+      const size_t chunk = chunks_[event.data];
+      if (event.res >= static_cast<int64_t>(extent_.chunks[chunk].stored_nbytes)) {
+        finish_chunk(extent_, chunk, buffer_of(chunk, event.data), place_of(chunk), scratch_);
+      } else {
+        read_plainly(chunk);  // meets the error or the short read again, and names it
       }
-      consume(piece);
-      ++consumed_;
     }
   }
 
  private:
-  void submit() {
-    const size_t depth = context_ ? kDepth : 1;
-    while (in_flight_ < depth && submitted_ - consumed_ < std::min(depth * 2, kWindow) &&
-           next_chunk_ < extent_.chunks.size()) {
-      Piece& piece = pieces_[submitted_++ % kWindow];
-      piece = next_piece();
-      if (context_ && start(piece)) continue;
-      read_now(piece);
-      if (!context_) return;
-    }
-  }
-
-  Piece next_piece() {
-    const size_t chunk_left = extent_.chunks[next_chunk_].stored_nbytes - next_start_;
-    const size_t most = std::max(kLeastPieceNbytes, round_up(left_ / 2, kIoAlignment));
-    const Piece piece{next_chunk_, next_start_, std::min(chunk_left, most),
-                      buffer_of(next_chunk_) + next_start_, false};
-    left_ -= piece.nbytes;
-    next_start_ += piece.nbytes;
-    if (piece.nbytes == chunk_left) {
-      ++next_chunk_;
-      next_start_ = 0;
-    }
-    return piece;
-  }
-
   std::byte* place_of(size_t chunk) const { return dst_ + chunk * kChunkNbytes; }
+  size_t room_of(size_t chunk) const { return room_ - chunk * kChunkNbytes; }
 
-  bool in_place(size_t chunk) const {
-    return lands_in_place(extent_, extent_.chunks[chunk], place_of(chunk),
-                          room_ - chunk * kChunkNbytes);
+  std::byte* buffer_of(size_t chunk, size_t slot) const {
+    if (lands_in_place(extent_, chunk, place_of(chunk), room_of(chunk))) return place_of(chunk);
+    return slots_.reserve(kDepth * kSlotNbytes) + slot * kSlotNbytes;
   }
 
-  // No two of kWindow neighbouring chunks share a slot, and a window spans no more than these.
-  std::byte* buffer_of(size_t chunk) {
-    if (in_place(chunk)) return place_of(chunk);
-    return scratch_.stored.reserve(kWindow * kSlotNbytes) + chunk % kWindow * kSlotNbytes;
+  // Puts a chunk into every free slot by one call: a device does reads faster when it is told of
+  // many at once. Chunks that the kernel won't take are read the plain way.
+  void start() {
+    std::array<iocb, kDepth> blocks{};
+    std::array<iocb*, kDepth> pointers;
+    const size_t count = std::min(num_free_, extent_.chunks.size() - next_);
+    for (size_t i = 0; i < count; ++i) {
+      const size_t slot = free_[num_free_ - 1 - i];
+      const Chunk& chunk = extent_.chunks[next_ + i];
+      chunks_[slot] = next_ + i;
+      iocb& block = blocks[i];
+      block.aio_data = slot;
+      block.aio_lio_opcode = IOCB_CMD_PREAD;
+      block.aio_fildes = static_cast<uint32_t>(extent_.file->fd());
+      block.aio_buf = reinterpret_cast<uintptr_t>(buffer_of(next_ + i, slot));
+      block.aio_nbytes = round_up(chunk.stored_nbytes, kIoAlignment);
+      block.aio_offset = static_cast<int64_t>(chunk.offset);
+      pointers[i] = &block;
+    }
+    if (count == 0) return;
+    const long taken = syscall(SYS_io_submit, context_, count, pointers.data());
+    if (taken > 0) {
+      num_free_ -= static_cast<size_t>(taken);
+      next_ += static_cast<size_t>(taken);
+    } else {
+      while (next_ < extent_.chunks.size()) read_plainly(next_++);
+    }
   }
 
-  bool start(Piece& piece) {
-    iocb block{};
-    block.aio_data = reinterpret_cast<uintptr_t>(&piece);
-    block.aio_lio_opcode = IOCB_CMD_PREAD;
-    block.aio_fildes = static_cast<uint32_t>(extent_.file->fd());
-    block.aio_buf = reinterpret_cast<uintptr_t>(piece.buffer);
-    block.aio_nbytes = round_up(piece.nbytes, kIoAlignment);
-    block.aio_offset = static_cast<int64_t>(extent_.chunks[piece.chunk].offset + piece.start);
-    iocb* blocks[] = {&block};
-    if (syscall(SYS_io_submit, context_, 1, blocks) != 1) return false;
-    ++in_flight_;
-    return true;
-  }
-
+  // Waits for one read. Its slot counts as free from then on: use it before the next start().
   io_event wait() {
     io_event event{};
     while (syscall(SYS_io_getevents, context_, 1, 1, &event, nullptr) != 1) {
       // Returning would free memory that the kernel still writes to.
       if (errno != EINTR) std::terminate();
     }
-    --in_flight_;
+    free_[num_free_++] = event.data;
     return event;
   }
 
-  void complete(const io_event& event) {
-    Piece& piece = *reinterpret_cast<Piece*>(event.data);
-    piece.done = true;
-    // An error or a short read is met again, and named, by reading the plain way.
-    if (event.res < static_cast<int64_t>(piece.nbytes)) read_now(piece);
-  }
-
-  void read_now(Piece& piece) {
-    extent_.file->read(extent_.chunks[piece.chunk].offset + piece.start,
-                       round_up(piece.nbytes, kIoAlignment), piece.nbytes, piece.buffer);
-    piece.done = true;
-  }
-
-  void consume(const Piece& piece) {
-    const Chunk& chunk = extent_.chunks[piece.chunk];
-    crc_ = crc32c(piece.buffer, piece.nbytes, piece.start == 0 ? 0 : crc_);
-    if (piece.start + piece.nbytes < chunk.stored_nbytes) return;
-    if (crc_ != chunk.crc) throw ChecksumMismatch(extent_.file->path(), chunk.offset);
-    if (!in_place(piece.chunk)) {
-      decode(extent_.codec, piece.buffer - piece.start, chunk.stored_nbytes, place_of(piece.chunk),
-             chunk.raw_nbytes, scratch_);
-    }
+  void read_plainly(size_t chunk) {
+    read_chunk(extent_, chunk, place_of(chunk), room_of(chunk), scratch_);
   }
 
   const Extent& extent_;
   std::byte* dst_;
   size_t room_;
+  unsigned long context_;
+  AlignedBuffer& slots_;  // for chunks that can't land in place
   Scratch& scratch_;
-  unsigned long context_ = 0;  // 0: read each piece in turn
-  std::array<Piece, kWindow> pieces_{};
-  size_t next_chunk_ = 0, next_start_ = 0;  // what to submit next
-  size_t left_ = 0;                         // bytes not yet submitted
-  size_t submitted_ = 0, consumed_ = 0;     // pieces so far
-  size_t in_flight_ = 0;
-  uint32_t crc_ = 0;  // of the chunk being consumed, so far
+  size_t next_ = 0;                      // chunk to start next
+  std::array<size_t, kDepth> chunks_{};  // by slot
+  std::array<size_t, kDepth> free_{};    // the free slots are its first num_free_
+  size_t num_free_ = kDepth;
 };
 
 }  // namespace
@@ -175,7 +129,13 @@ void BlockReader::read(const Extent& extent, std::byte* dst, size_t room) {
     throw ConfigError("a block of " + std::to_string(extent.nbytes) + " bytes does not fit into " +
                       std::to_string(room));
   }
-  BlockRead(extent, dst, room, context_, scratch_).run();
+  if (context_ != 0 && extent.file->direct()) {
+    BlockRead(extent, dst, room, context_, slots_, scratch_).run();
+    return;
+  }
+  for (size_t i = 0; i < extent.chunks.size(); ++i) {
+    read_chunk(extent, i, dst + i * kChunkNbytes, room - i * kChunkNbytes, scratch_);
+  }
 }
 
 }  // namespace tiered_mem

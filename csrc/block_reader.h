@@ -6,9 +6,9 @@
 
 namespace tiered_mem {
 
-// Reads whole blocks for a caller that waits for them. A few reads are kept in flight (Linux native
-// AIO), and what has come is verified and decoded while the rest still comes, so that the checksum
-// costs the device no time. One reader per thread.
+// Reads whole blocks for a caller that waits for them. Several chunks are in flight at once (Linux
+// native AIO), and those that have come are verified and decoded while the rest still comes. One
+// reader per thread.
 class BlockReader {
  public:
   BlockReader();
@@ -25,6 +25,7 @@ class BlockReader {
 
  private:
   unsigned long context_ = 0;
+  AlignedBuffer slots_;
   Scratch scratch_;
 };
 

@@ -79,24 +79,33 @@ Extent make_extent(std::shared_ptr<File> file, Codec codec, uint64_t nbytes, uin
   return extent;
 }
 
-bool lands_in_place(const Extent& extent, const Chunk& chunk, const std::byte* dst, size_t room) {
+bool lands_in_place(const Extent& extent, size_t i, const std::byte* dst, size_t room) {
   return extent.codec == Codec::none && is_aligned(dst) &&
-         room >= round_up(chunk.stored_nbytes, kIoAlignment);
+         room >= round_up(extent.chunks[i].stored_nbytes, kIoAlignment);
 }
 
-void read_chunk(const Extent& extent, size_t i, std::byte* dst, Scratch& scratch) {
-  const Chunk& chunk = extent.chunks.at(i);
-  const size_t length = round_up(chunk.stored_nbytes, kIoAlignment);
-  const bool in_place =
-      lands_in_place(extent, chunk, dst, round_up(chunk.raw_nbytes, kIoAlignment));
-  std::byte* buffer = in_place ? dst : scratch.stored.reserve(length);
-  extent.file->read(chunk.offset, length, chunk.stored_nbytes, buffer);
+void finish_chunk(const Extent& extent, size_t i, const std::byte* buffer, std::byte* dst,
+                  Scratch& scratch) {
+  const Chunk& chunk = extent.chunks[i];
   if (crc32c(buffer, chunk.stored_nbytes) != chunk.crc) {
     throw ChecksumMismatch(extent.file->path(), chunk.offset);
   }
-  if (!in_place) {
+  if (buffer != dst) {
     decode(extent.codec, buffer, chunk.stored_nbytes, dst, chunk.raw_nbytes, scratch);
   }
+}
+
+void read_chunk(const Extent& extent, size_t i, std::byte* dst, size_t room, Scratch& scratch) {
+  const Chunk& chunk = extent.chunks.at(i);
+  const size_t length = round_up(chunk.stored_nbytes, kIoAlignment);
+  const bool in_place = lands_in_place(extent, i, dst, room);
+  std::byte* buffer = in_place ? dst : scratch.stored.reserve(length);
+  extent.file->read(chunk.offset, length, chunk.stored_nbytes, buffer);
+  finish_chunk(extent, i, buffer, dst, scratch);
+}
+
+void read_chunk(const Extent& extent, size_t i, std::byte* dst, Scratch& scratch) {
+  read_chunk(extent, i, dst, round_up(extent.chunks.at(i).raw_nbytes, kIoAlignment), scratch);
 }
 
 }  // namespace tiered_mem

@@ -67,7 +67,15 @@ Extent make_extent(std::shared_ptr<File> file, Codec codec, uint64_t nbytes, uin
 // chunks land in place. Throws IoError, ChecksumMismatch, StoreError.
 void read_chunk(const Extent& extent, size_t i, std::byte* dst, Scratch& scratch);
 
-// Whether chunk bytes read to `dst`, where `room` bytes may be written, need no further copy.
-bool lands_in_place(const Extent& extent, const Chunk& chunk, const std::byte* dst, size_t room);
+// The same where only `room` bytes may be written, at least the chunk's.
+void read_chunk(const Extent& extent, size_t i, std::byte* dst, size_t room, Scratch& scratch);
+
+// Whether chunk `i` can be read straight to `dst`, where `room` bytes may be written.
+bool lands_in_place(const Extent& extent, size_t i, const std::byte* dst, size_t room);
+
+// Verifies chunk `i`, stored bytes in `buffer`, and decodes it to `dst` unless it lies there.
+// Throws ChecksumMismatch, StoreError.
+void finish_chunk(const Extent& extent, size_t i, const std::byte* buffer, std::byte* dst,
+                  Scratch& scratch);
 
 }  // namespace tiered_mem
