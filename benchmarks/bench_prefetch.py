@@ -37,6 +37,15 @@ from tiered_mem.hf.detect import find_experts
 
 MODEL = Path(__file__).parent / "models" / "tiny-moe"
 RECALLS = (0, 25, 50, 75, 100)
+COUNTS = (
+    "num_hbm_hits",
+    "num_in_flight",
+    "num_nvme_reads",
+    "nbytes_missed",
+    "num_prefetched",
+    "num_prefetched_used",
+    "stall_seconds",
+)
 Routes = list[list[list[int]]]  # [token][layer] -> expert ids
 
 
@@ -98,7 +107,8 @@ class Peer:
             self.model(tokens[None, position : position + 1], past_key_values=cache)
         seconds = time.perf_counter() - started
         counted = self.handle.stats() - before
-        self.turns.append({"seconds": seconds, **counted.as_dict()})
+        figures = counted.as_dict()
+        self.turns.append({"seconds": round(seconds, 6)} | {key: figures[key] for key in COUNTS})
         return len(tokens) / seconds
 
     def turns_over(self, texts: list[Text], turn: int) -> Iterator[float]:
