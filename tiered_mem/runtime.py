@@ -296,9 +296,9 @@ class Space:
 
     def _mend(self, layer: int, index: int, slot: int, error: ChecksumError) -> None:
         """Fill the slot of a block that is damaged in the store from its source."""
-        if self._repair is None:
-            raise error
         key = BlockKey(Kind.EXPERT, layer, index)
+        if self._repair is None:
+            raise ChecksumError(f"{key} has no source to be read from again: {error}") from error
         logger.warning(
             "%s: %s; reading it from its source (tiered-mem verify --repair mends the store)",
             key,
@@ -376,9 +376,11 @@ class Reading:
         while left:
             ready, failed = event.wait_any()
             for i, error in failed:
+                index = int(self._indices[positions[i]])
                 if not isinstance(error, ChecksumError):
-                    raise error
-                self._space._mend(self._layer, int(self._indices[positions[i]]), slots[i], error)
+                    key = BlockKey(Kind.EXPERT, self._layer, index)
+                    raise type(error)(f"{key}: {error}") from error
+                self._space._mend(self._layer, index, slots[i], error)
                 event.repaired(i)
                 ready.append(i)
             left -= len(ready)

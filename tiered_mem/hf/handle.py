@@ -130,7 +130,7 @@ class TieredModel:
         for _, module, layer in self._experts:
             put_back(module, parameters[layer])
         self.model.set_experts_implementation(self._stock_implementation or "grouped_mm")
-        del self.model.save_pretrained, self.model.tiered_mem
+        del self.model.save_pretrained, self.model.__reduce_ex__, self.model.tiered_mem
         return self.model
 
     def _read_layer(self, layer: int) -> dict[str, nn.Parameter]:

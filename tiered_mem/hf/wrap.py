@@ -170,12 +170,14 @@ def _wrap(
         undo.callback(space.close)
     model.tiered_mem = TieredModel(model, layouts, store, checkpoint, space, prefetch, undo, stock)
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
         raise TieredMemError(
-            "a wrapped model has no expert weights to save; use its checkpoint, or unwrap() first"
+            "a wrapped model can't be saved, pickled or copied: its experts are in a store; use "
+            "its checkpoint, or unwrap() it first"
         )
 
-    model.save_pretrained = refuse
+    # Pickle and deepcopy ask the object, not its class.
+    model.save_pretrained = model.__reduce_ex__ = refuse  # type: ignore[method-assign]
 
 
 def _repair_from(checkpoint: Checkpoint) -> Repair:
@@ -233,6 +235,8 @@ def _check_options(
     if runtime is None:
         _core.check_eviction(eviction or "lru")
         return
+    if not isinstance(runtime, Runtime):
+        raise ConfigError(f"runtime is a tiered_mem.Runtime, not {runtime!r}")
     if runtime.closed:
         raise RuntimeClosedError("the runtime is closed: make a new one")
     if any(option is not None for option in (hbm, dram, eviction)):
