@@ -129,7 +129,8 @@ def _run(name: str, options: argparse.Namespace, number: int, scratch: Path) -> 
     """Decode in a subprocess, watching its memory; for our peers read the raw file around it."""
     store = folder_of(name, SHAPES["smoke" if options.smoke else "full"], options.dir) / "data.mdb"
     probe = store if name.startswith(OURS) and name != RESIDENT else None
-    before = best_rate(probe) if probe else None
+    # A smoke run's first round packs the store as it goes: there is nothing to read before it.
+    before = [best_rate(probe)] if probe and probe.exists() else []
     out = scratch / "out.json"
     command = _command(name, options, out, "--num-tokens", str(options.num_tokens))
     command += ["--num-warmup", str(options.num_warmup), "--seed", str(number)]
@@ -145,7 +146,7 @@ def _run(name: str, options: argparse.Namespace, number: int, scratch: Path) -> 
     result["tokens_per_second"] = len(result["seconds"]) / sum(result["seconds"])
     result["logits"] = np.load(out.with_suffix(".npy"))
     if probe:
-        result["raw_bytes_per_second"] = {"before": before, "after": best_rate(probe)}
+        result["raw_bytes_per_second"] = [*before, best_rate(probe)]
     return result
 
 
@@ -184,7 +185,7 @@ def _limit(run: dict[str, Any], compute_seconds: float) -> dict[str, float]:
     stats, num_tokens = run["stats"], len(run["seconds"])
     # What a prefetch brought in time was missed as well; what it brought in vain was not.
     missed = (stats["nbytes_missed"] + stats["nbytes_prefetch_used"]) / num_tokens
-    raw = statistics.mean(run["raw_bytes_per_second"].values())
+    raw = statistics.mean(run["raw_bytes_per_second"])
     seconds = max(compute_seconds, missed / raw)
     return {
         "missed_mb_per_token": missed / 1e6,

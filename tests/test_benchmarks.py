@@ -55,7 +55,7 @@ def check_decode(results: dict[str, Any]) -> None:
     assert ours["block_read_mb_per_token"] > 0
     run = results["rounds"]["tiered_mem next-gate lru"][0]
     assert len(run["seconds"]) == results["settings"]["num_tokens"]
-    assert set(run["raw_bytes_per_second"]) == {"before", "after"}
+    assert all(rate > 0 for rate in run["raw_bytes_per_second"])
     read = results["rounds"]["accelerate.disk_offload"][0]["block_read_nbytes"]
     assert min(read) > 0, "the page cache had been dropped before every token"
 
