@@ -30,15 +30,7 @@ TransferEngine::TransferEngine(std::size_t num_threads, Device& device) : device
   for (std::size_t i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
 }
 
-TransferEngine::~TransferEngine() {
-  stop();
-  {
-    std::lock_guard lock(mutex_);
-    closing_ = true;
-  }
-  wake_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
-}
+TransferEngine::~TransferEngine() { stop(); }
 
 // Demands are served in the order they came, prefetches by due time and probability.
 void TransferEngine::enqueue(const std::shared_ptr<Transfer>& transfer) {
@@ -109,6 +101,11 @@ void TransferEngine::stop() {
       if (transfer->num_in_flight_ == 0) finish(lock, transfer);
     }
   quiet_.wait(lock, [this] { return num_open_ == 0; });
+  closing_ = true;
+  lock.unlock();
+  wake_.notify_all();
+  for (std::thread& thread : threads_)
+    if (thread.joinable()) thread.join();
 }
 
 void TransferEngine::throttle(Link link, double bytes_per_second) {

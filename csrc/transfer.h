@@ -87,8 +87,8 @@ class TransferEngine {
   /// Claims no further chunk. True if the transfer ended by it; else it ends (as cancelled, or
   /// as done if all its chunks were claimed) with its last chunk in flight.
   bool cancel(const std::shared_ptr<Transfer>& transfer);
-  /// Cancels everything and waits until nothing is queued or in flight. Later submits end as
-  /// cancelled.
+  /// Cancels everything, waits until nothing is queued or in flight, and ends the threads. Later
+  /// submits end as cancelled. For one thread at a time.
   void stop();
 
   /// Bytes per second that a link may carry, 0 for no limit: slows a link down to study it.
