@@ -429,6 +429,16 @@ void bind_runtime(py::module_& m) {
       .def("remove_space", &Tiers::remove_space, py::arg("space"), Released())
       .def("acquire", &acquire, py::arg("keys"), py::arg("stream") = 0, py::arg("wait") = true)
       .def("hint", &hint, py::arg("keys"), py::arg("stream") = 0, py::arg("exact") = false)
+      .def(
+          "announce",
+          [](Tiers& tiers, const KeyArray& keys, uint64_t stream) {
+            const Key* data = keys.data();
+            const auto num_keys = static_cast<size_t>(keys.size());
+            py::gil_scoped_release release;
+            tiers.announce(data, num_keys, stream);
+          },
+          py::arg("keys"), py::arg("stream") = 0)
+      .def("present", &Tiers::present, py::arg("key"), Released())
       .def("resident", &Tiers::resident, py::arg("key"), Released())
       .def(
           "num_resident",

@@ -29,7 +29,7 @@ std::shared_ptr<Event> Tiers::acquire(const Key* keys, std::size_t num_keys, std
   Lock held = lock();
   check_open();
   for (std::size_t i = 0; i < num_keys; ++i) source_of(keys[i]);
-  settle_hints(*event);
+  settle_hints(event->keys_.data(), event->keys_.size(), event->stream_);
   const bool goes_ahead = queue_.empty() || holders_.count(stream) > 0;
   if (!goes_ahead || try_acquire(*event) != Admission::ok) {
     if (!wait) return nullptr;

@@ -70,6 +70,18 @@ const Tiers::Source& Tiers::source_of(Key key) const {
   return *source;
 }
 
+bool Tiers::present(Key key) {
+  const Lock held = lock();
+  const Block* block = hbm_.find(key);
+  return block != nullptr && block->state != State::failed;
+}
+
+void Tiers::announce(const Key* keys, std::size_t num_keys, std::uint64_t stream) {
+  const Lock held = lock();
+  check_open();
+  settle_hints(keys, num_keys, stream);
+}
+
 bool Tiers::resident(Key key) { return num_resident(&key, 1) == 1; }
 
 std::size_t Tiers::num_resident(const Key* keys, std::size_t num_keys) {
@@ -250,12 +262,11 @@ void Tiers::hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bo
 }
 
 // The router has spoken: wrong hints are cancelled. Right ones become demands in `try_acquire`.
-void Tiers::settle_hints(const Event& event) {
-  if (event.keys_.empty()) return;
-  const Partition partition = partition_of(event.keys_[0]);
-  for (const Hint& hint : hints_.take(event.stream_, partition)) {
-    const bool right =
-        std::find(event.keys_.begin(), event.keys_.end(), hint.key) != event.keys_.end();
+void Tiers::settle_hints(const Key* keys, std::size_t num_keys, std::uint64_t stream) {
+  if (num_keys == 0) return;
+  const Partition partition = partition_of(keys[0]);
+  for (const Hint& hint : hints_.take(stream, partition)) {
+    const bool right = std::find(keys, keys + num_keys, hint.key) != keys + num_keys;
     hints_.judge(partition, hint, right);
     if (!right) drop_hint(hint);
   }

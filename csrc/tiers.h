@@ -136,7 +136,12 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   /// hints are right by construction and needn't prove that they pay.
   void hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bool exact);
 
+  /// Whether a block is in HBM and ready.
   bool resident(Key key);
+  /// Whether a block is in HBM or on its way there.
+  bool present(Key key);
+  /// Settles hints by all keys of an event that will be acquired in several waves.
+  void announce(const Key* keys, std::size_t num_keys, std::uint64_t stream);
   std::size_t num_resident(const Key* keys, std::size_t num_keys);
   /// The most blocks of this size that an event can hold.
   std::uint64_t max_event(std::uint64_t nbytes);
@@ -175,7 +180,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   void wait_for_room(Lock& lock, Event& event);
   bool cancel_guesses(const Event& event);
   bool cancel_load(Key key);
-  void settle_hints(const Event& event);
+  void settle_hints(const Key* keys, std::size_t num_keys, std::uint64_t stream);
   void drop_hint(const Hint& hint);
   Ticket start_load(Block& block, Priority priority, std::uint32_t rank);
   Ticket start_demotion(const Victim& victim);

@@ -353,3 +353,23 @@ def test_bad_hints_are_refused(blocks: Blocks, tmp_path: Path) -> None:
     tiers.close()
     with pytest.raises(RuntimeClosedError):
         tiers.hint(experts(1, [0]))
+
+
+# --- events in waves ---
+
+
+def test_hints_are_judged_by_the_whole_event_and_not_by_its_first_wave(
+    blocks: Blocks, link_is_busy: float
+) -> None:
+    tiers = make(blocks, 16)
+    tiers.throttle("nvme_to_hbm", link_is_busy)
+    tiers.hint(experts(1, [5, 6, 7]), exact=True)
+    tiers.announce(experts(1, [0, 1, 5, 6]))  # to be acquired in two waves
+    assert tiers.present(expert(1, 5)) and tiers.present(expert(1, 6))
+    assert not tiers.present(expert(1, 7)) or not tiers.resident(expert(1, 7))
+    tiers.throttle("nvme_to_hbm", 0)
+    use(tiers, 1, [0, 1])
+    use(tiers, 1, [5, 6])
+    assert tiers.stats()["num_prefetched_used"] == 2
+    (num_hints, num_right, _), *rest = tiers.precision().values()
+    assert (num_hints, num_right) == (3, 2) and not rest

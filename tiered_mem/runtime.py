@@ -344,8 +344,10 @@ class Reading:
         num_blocks = len(self._keys)
         if size >= num_blocks:
             return [None]
-        resident = self._space._tiers.resident
-        order = sorted(range(num_blocks), key=lambda p: not resident(int(self._keys[p])))
+        # Hints are judged by the whole event, not by its first wave.
+        self._space._tiers.announce(self._keys, self._stream)
+        present = self._space._tiers.present
+        order = sorted(range(num_blocks), key=lambda p: not present(int(self._keys[p])))
         return [order[i : i + size] for i in range(0, num_blocks, size)]
 
     def _acquire(self, wave: list[int] | None, wait: bool = True) -> Any:
