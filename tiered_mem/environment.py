@@ -137,6 +137,7 @@ class Environment:
             if self._users == 0:
                 del self._shared[self._identity]
                 self.lmdb.close()
+                del self.file  # an open file keeps the space of a deleted store
 
     def begin_read(self) -> Any:
         """Begin a read transaction; end it with `end_read`."""

@@ -103,7 +103,7 @@ class Store:
     @property
     def direct(self) -> bool:
         """False where the filesystem has no O_DIRECT and reads go through the page cache."""
-        return bool(self._environment.file.direct)
+        return bool(self._open_environment().file.direct)
 
     @property
     def metadata(self) -> dict[str, Any]:
