@@ -169,7 +169,7 @@ def _group(
         num_tokens, num_top_k = top_k_index.shape
         indices = indices % num_tokens * num_top_k + indices // num_tokens
     ids = found.tolist()
-    rows = list(indices.split(counts.tolist()))
+    rows = list(torch.split(indices, counts.tolist()))
     valid = sum(i < num_experts for i in ids)
     return ids[:valid], rows[:valid]
 
@@ -214,7 +214,7 @@ def _sum_like_eager(
     # One addition per expert in ascending order, because rounding depends on the order.
     order = torch.sort(top_k_index.reshape(-1), stable=True)
     _, counts = torch.unique_consecutive(order.values, return_counts=True)
-    for rows in order.indices.split(counts.tolist()):
+    for rows in torch.split(order.indices, counts.tolist()):
         total.index_add_(0, rows // top_k_index.size(-1), weighted[rows])
     return total
 

@@ -312,10 +312,8 @@ def _move_experts(
     model: PreTrainedModel, directory: Path, codec: str, progress: Progress | None
 ) -> None:
     """Write the experts of a model in memory into a new store, then drop them from the model."""
-    total = sum(
-        experts.module.num_experts * ExpertLayout.of_module(experts.module).nbytes
-        for experts in require_experts(model)
-    )
+    layouts = [ExpertLayout.of_module(experts.module) for experts in require_experts(model)]
+    total = sum(layout.num_experts * layout.nbytes for layout in layouts)
     done = 0
     with Store.open(directory, mode="w") as store:
         # Nothing else can have been packed from this very model: a name nobody else has.
