@@ -103,7 +103,7 @@ def in_threads(calls: list[Callable[[], Any]]) -> list[Any]:
 
 
 def num_threads() -> int:
-    """Threads of this process, those made in C++ among them."""
+    """Threads of this process, those made in C++ among them; one that ended may show a moment."""
     return len(os.listdir("/proc/self/task"))
 
 

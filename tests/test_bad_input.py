@@ -293,7 +293,7 @@ def test_flipped_bits_are_read_again_from_the_checkpoint(
             results = in_threads([lambda: generate(model, inputs)] * 3)
             assert all(torch.equal(tokens, expected) for tokens in results)
             stats = model.tiered_mem.stats()
-        assert stats.num_repaired == stats.num_failed > 0
+        assert 0 < stats.num_repaired <= stats.num_failed  # a guess that failed is let go
         assert "verify --repair" in caplog.text
         unwrapped = saved.load(nvme=store).tiered_mem.unwrap()
         assert torch.equal(generate(unwrapped, inputs), expected)
