@@ -119,7 +119,7 @@ def test_budgets_that_cant_be_had(saved: Saved, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("error::tiered_mem.BudgetWarning")
 def test_a_budget_below_one_tokens_cycle_warns_with_the_size(saved: Saved) -> None:
     layers = 3
-    cycle = layers * 2 * (3 * 32 * 16 * 4)
+    cycle = layers * 2 * 8192  # a block of 3 * 32 * 16 floats takes a slot of two pages
     with pytest.warns(BudgetWarning, match=f"{cycle} bytes") as caught:
         saved.load(hbm=2 * saved.slot_nbytes).tiered_mem.close()
     assert caught[0].filename == str(Path(__file__).with_name("adapter.py"))  # the caller's line

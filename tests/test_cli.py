@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiered_mem import _core
 from tiered_mem.cli import invoke
-from tiered_mem.doctor import PROBE_NBYTES, WorkingSet, advise
+from tiered_mem.config import WorkingSet
+from tiered_mem.doctor import PROBE_NBYTES, advise
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.store import Store
 

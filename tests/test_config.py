@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
-from tiered_mem.config import Budgets, BudgetWarning, format_size, memory_to_spare, parse_size
+from tiered_mem.config import (
+    Budgets,
+    BudgetWarning,
+    WorkingSet,
+    format_size,
+    memory_to_spare,
+    parse_size,
+)
 from tiered_mem.errors import BudgetError, ConfigError
 
 GIB = 1 << 30
@@ -118,8 +126,11 @@ def test_budgets_that_cant_be_had(machine: Any, hbm: Any, dram: Any, message: st
 
 def test_budgets_that_dont_fit_the_model() -> None:
     budgets = Budgets(hbm=1000, dram=0)
-    budgets.check_event(1000)
     with pytest.raises(BudgetError, match=r"1001 bytes"):
-        budgets.check_event(1001)
-    with pytest.warns(BudgetWarning, match=r"1001 bytes.*per-layer"):
-        budgets.warn_below_cycle(1001)
+        budgets.check(WorkingSet(9000, 4000, event_nbytes=1001), "lru")
+    with pytest.warns(BudgetWarning, match=r"1001 bytes.*per-layer\(fifo\)"):
+        budgets.check(WorkingSet(9000, 1001, event_nbytes=1000), "fifo")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        budgets.check(WorkingSet(9000, 1000, event_nbytes=1000), "lru")
+        budgets.check(WorkingSet(9000, 1001, event_nbytes=1000), "per-layer(lru)")

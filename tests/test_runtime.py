@@ -17,7 +17,6 @@ import psutil
 import pytest
 from adapter import in_threads, num_threads, wait_until
 
-from tiered_mem import runtime as runtimes
 from tiered_mem.config import Budgets
 from tiered_mem.errors import (
     BudgetError,
@@ -27,7 +26,8 @@ from tiered_mem.errors import (
     TieredMemError,
 )
 from tiered_mem.keys import BlockKey, Kind
-from tiered_mem.runtime import Runtime, Space, shrink_to_fit
+from tiered_mem.memory_watch import MemoryWatch, shrink_to_fit
+from tiered_mem.runtime import Runtime, Space
 from tiered_mem.stats import Stats
 from tiered_mem.store import Store
 
@@ -305,7 +305,7 @@ def test_only_auto_budgets_shrink(store: Store) -> None:
 def test_the_watch_sees_memory_run_short_and_ends(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtimes._MemoryWatch, "_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(MemoryWatch, "_EVERY_SECONDS", 0.01)
     budgets = Budgets(64 * SLOT, 32 * SLOT, auto_hbm=True, auto_dram=True)
     runtime = Runtime.from_budgets(budgets, eviction="lru")
     watch = runtime._watch
@@ -321,7 +321,7 @@ def test_the_watch_sees_memory_run_short_and_ends(
 
 
 def test_the_watch_doesnt_keep_a_runtime_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtimes._MemoryWatch, "_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(MemoryWatch, "_EVERY_SECONDS", 0.01)
     runtime = Runtime.from_budgets(Budgets(SLOT, 0, auto_hbm=True), eviction="lru")
     watch, dropped = runtime._watch, weakref.ref(runtime)
     assert watch is not None

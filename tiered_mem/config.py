@@ -79,6 +79,19 @@ def memory_to_spare() -> int:
 
 
 @dataclass(frozen=True)
+class WorkingSet:
+    """What a model asks of the budgets, in bytes of slots.
+
+    `event_nbytes` is the largest event of one token (top-k experts of a layer), `cycle_nbytes` what
+    one token needs in all layers: below it a global LRU hits next to nothing.
+    """
+
+    experts_nbytes: int
+    cycle_nbytes: int
+    event_nbytes: int
+
+
+@dataclass(frozen=True)
 class Budgets:
     """Bytes of each tier. `auto_*` tells which of them follow the memory the machine has left."""
 
@@ -123,23 +136,20 @@ class Budgets:
             )
         return cls(hbm_nbytes, dram_nbytes, auto_hbm, auto_dram)
 
-    def check_event(self, event_nbytes: int) -> None:
-        """Raise `BudgetError` if HBM can't hold the blocks that one token needs in one layer."""
-        if self.hbm < event_nbytes:
+    def check(self, needs: WorkingSet, eviction: str) -> None:
+        """Raise `BudgetError` if HBM can't hold one event of one token. Warn below its cycle."""
+        if self.hbm < needs.event_nbytes:
             raise BudgetError(
                 f"hbm is {format_size(self.hbm)}, but one layer of one token needs "
-                f"{format_size(event_nbytes)} ({event_nbytes} bytes) of experts at once; give at "
-                "least that"
+                f"{format_size(needs.event_nbytes)} ({needs.event_nbytes} bytes) of experts at "
+                "once; give at least that"
             )
-
-    def warn_below_cycle(self, cycle_nbytes: int) -> None:
-        """Warn if HBM can't hold what one token needs in all layers: there an LRU never hits."""
-        if self.hbm < cycle_nbytes:
+        if self.hbm < needs.cycle_nbytes and not eviction.startswith("per-layer("):
             warnings.warn(
                 f"hbm is {format_size(self.hbm)}, below one token's cycle of "
-                f"{format_size(cycle_nbytes)} ({cycle_nbytes} bytes: top-k experts of every layer);"
-                " a global LRU hits next to nothing there: give at least that, or use "
-                "eviction='per-layer(lru)'",
+                f"{format_size(needs.cycle_nbytes)} ({needs.cycle_nbytes} bytes: top-k experts of "
+                f"every layer); {eviction} over all layers hits next to nothing there: give at "
+                f"least that, or use eviction='per-layer({eviction})'",
                 BudgetWarning,
-                stacklevel=3,
+                stacklevel=4,
             )

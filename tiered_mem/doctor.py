@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 
 from tiered_mem import _core
-from tiered_mem.config import format_size, memory_to_spare
+from tiered_mem.config import WorkingSet, format_size, memory_to_spare
 from tiered_mem.errors import ConfigError, StoreError, StoreFullError
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.store import Store
@@ -63,19 +63,6 @@ class Memory:
     lock_limit: int | None
     can_lock: bool
     huge_pages: str
-
-
-@dataclass(frozen=True)
-class WorkingSet:
-    """What a model asks of the budgets, in bytes.
-
-    `event_nbytes` is the largest event of one token (top-k experts of a layer), `cycle_nbytes` what
-    one token needs in all layers: below it a global LRU hits next to nothing.
-    """
-
-    experts_nbytes: int
-    cycle_nbytes: int
-    event_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -177,15 +164,10 @@ def examine_checkpoint(path_or_id: str | os.PathLike[str]) -> WorkingSet:
     Raises what `Checkpoint.open` raises.
     """
     from tiered_mem.hf.checkpoint import Checkpoint
-    from tiered_mem.hf.wrap import _cycle_nbytes, _top_k
+    from tiered_mem.hf.working_set import working_set
 
     with Checkpoint.open(path_or_id) as checkpoint:
-        layouts, top_k = checkpoint.layouts, _top_k(checkpoint.config)
-    return WorkingSet(
-        experts_nbytes=sum(layout.num_experts * layout.slot_nbytes for layout in layouts),
-        cycle_nbytes=_cycle_nbytes(layouts, top_k),
-        event_nbytes=max(layout.slot_nbytes for layout in layouts) * (top_k or 1),
-    )
+        return working_set(checkpoint.layouts, checkpoint.config)
 
 
 def examine_store(

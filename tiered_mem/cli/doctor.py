@@ -11,7 +11,8 @@ import typer
 from tiered_mem.cli import output
 
 if TYPE_CHECKING:
-    from tiered_mem.doctor import Advice, Filesystem, Link, Memory, WorkingSet
+    from tiered_mem.config import WorkingSet
+    from tiered_mem.doctor import Advice, Filesystem, Link, Memory
 
 
 def doctor(

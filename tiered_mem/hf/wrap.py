@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from tiered_mem import _core
 from tiered_mem.catalogue import Codec
-from tiered_mem.config import Budgets, Size
+from tiered_mem.config import Budgets, Size, WorkingSet
 from tiered_mem.errors import (
     AlreadyWrappedError,
     ConfigError,
@@ -33,13 +33,11 @@ from tiered_mem.hf.hollow import hollow_experts, hollow_model
 from tiered_mem.hf.layout import ExpertLayout, per_expert_tensors
 from tiered_mem.hf.loading import default_model_class
 from tiered_mem.hf.pack import open_packed, pack
+from tiered_mem.hf.working_set import working_set
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.policies.prefetch import Predictor, make_predictor
 from tiered_mem.runtime import Repair, Runtime
 from tiered_mem.store import Store, allocate
-
-# What configs call the number of experts a token uses.
-_TOP_K_NAMES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k", "top_k")
 
 
 def from_pretrained(
@@ -88,8 +86,10 @@ def from_pretrained(
     with ExitStack() as undo:
         checkpoint = _open_checkpoint(path, model_class, hf_kwargs)
         undo.callback(checkpoint.close)
-        layouts, top_k = checkpoint.layouts, _top_k(checkpoint.config)
-        budgets = _budgets(hbm, dram, runtime, layouts, top_k)
+        layouts, needs = checkpoint.layouts, working_set(checkpoint.layouts, checkpoint.config)
+        policy = runtime.eviction if runtime is not None else eviction or "lru"
+        budgets = _budgets(hbm, dram, runtime, needs)
+        budgets.check(needs, policy)
         directory = _store_directory(nvme, undo)
         store = _packed_store(checkpoint, directory, codec, progress)
         undo.callback(store.close)
@@ -99,9 +99,8 @@ def from_pretrained(
                 path, experts_implementation=implementation, **hf_kwargs
             )
         if runtime is None:  # "auto" again, now that the other weights have taken their part
-            budgets = _budgets(hbm, dram, None, layouts, top_k)
-        budgets.warn_below_cycle(_cycle_nbytes(layouts, top_k))
-        _wrap(model, layouts, store, checkpoint, budgets, runtime, eviction, prefetch, stock, undo)
+            budgets = _budgets(hbm, dram, None, needs)
+        _wrap(model, layouts, store, checkpoint, budgets, runtime, policy, prefetch, stock, undo)
     return model
 
 
@@ -133,9 +132,11 @@ def offload(
     implementation = _implementation(before)
     with ExitStack() as undo:
         by_layer = {e.layer: ExpertLayout.of_module(e.module) for e in require_experts(model)}
-        layouts, top_k = [by_layer[layer] for layer in sorted(by_layer)], _top_k(model.config)
-        budgets = _budgets(hbm, dram, runtime, layouts, top_k)
-        budgets.warn_below_cycle(_cycle_nbytes(layouts, top_k))
+        layouts = [by_layer[layer] for layer in sorted(by_layer)]
+        needs = working_set(layouts, model.config)
+        policy = runtime.eviction if runtime is not None else eviction or "lru"
+        budgets = _budgets(hbm, dram, runtime, needs)
+        budgets.check(needs, policy)
         directory = _store_directory(nvme, undo)
         _require_empty(directory)
         with _undone_if_it_fails(model, directory):
@@ -143,7 +144,7 @@ def offload(
             store = Store.open(directory)
             undo.callback(store.close)
             model.set_experts_implementation(implementation)
-            _wrap(model, layouts, store, None, budgets, runtime, eviction, prefetch, before, undo)
+            _wrap(model, layouts, store, None, budgets, runtime, policy, prefetch, before, undo)
     return model
 
 
@@ -154,7 +155,7 @@ def _wrap(
     checkpoint: Checkpoint | None,
     budgets: Budgets,
     runtime: Runtime | None,
-    eviction: str | None,
+    eviction: str,
     prefetch: str | Predictor,
     stock: str | None,
     undo: ExitStack,
@@ -162,7 +163,7 @@ def _wrap(
     """Attach the handle. What `undo` holds becomes the handle's to close."""
     repair = None if checkpoint is None else _repair_from(checkpoint)
     if runtime is None:
-        runtime = Runtime.from_budgets(budgets, eviction=eviction or "lru")
+        runtime = Runtime.from_budgets(budgets, eviction=eviction)
         undo.callback(runtime.close)  # with its space, whose events it doesn't wait for
         space = runtime.attach(store, repair=repair)
     else:
@@ -252,33 +253,16 @@ def _implementation(stock: str | None) -> str:
     return IMPLEMENTATIONS[stock]
 
 
-def _top_k(config: Any) -> int | None:
-    """Return how many experts a token uses in a layer; None if the config has no name we know."""
-    text = config.get_text_config()
-    values = [getattr(text, name, None) for name in _TOP_K_NAMES]
-    return next((value for value in values if isinstance(value, int)), None)
-
-
-def _cycle_nbytes(layouts: Sequence[ExpertLayout], top_k: int | None) -> int:
-    return sum(layout.nbytes * (top_k or 1) for layout in layouts)
-
-
 def _budgets(
-    hbm: Size | None,
-    dram: Size | None,
-    runtime: Runtime | None,
-    layouts: Sequence[ExpertLayout],
-    top_k: int | None,
+    hbm: Size | None, dram: Size | None, runtime: Runtime | None, needs: WorkingSet
 ) -> Budgets:
-    whole = sum(layout.num_experts * layout.slot_nbytes for layout in layouts)
     if runtime is not None:
-        budgets = runtime.budgets
-    else:
-        budgets = Budgets.resolve(
-            "auto" if hbm is None else hbm, "auto" if dram is None else dram, whole=whole
-        )
-    budgets.check_event(max(layout.slot_nbytes for layout in layouts) * (top_k or 1))
-    return budgets
+        return runtime.budgets
+    return Budgets.resolve(
+        "auto" if hbm is None else hbm,
+        "auto" if dram is None else dram,
+        whole=needs.experts_nbytes,
+    )
 
 
 def _store_directory(nvme: str | Path | None, undo: ExitStack) -> Path:
