@@ -151,5 +151,5 @@ class Budgets:
                 f"every layer); {eviction} over all layers hits next to nothing there: give at "
                 f"least that, or use eviction='per-layer({eviction})'",
                 BudgetWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
