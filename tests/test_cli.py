@@ -102,7 +102,7 @@ BAD_INPUT = {
     "extra argument": (["policies", "more"], "unexpected extra argument"),
     "unknown codec": (["pack", MODEL, "{tmp}/s", "--codec", "rar"], "'rar'"),
     "unknown dtype": (["pack", MODEL, "{tmp}/s", "--dtype", "int3"], "'int3'"),
-    "no checkpoint": (["pack", "{tmp}/nothing", "{tmp}/s"], "{tmp}/nothing"),
+    "no checkpoint": (["pack", "{tmp}/nothing", "{tmp}/s"], "no checkpoint at {tmp}/nothing"),
     "capacity too small": (["pack", MODEL, "{tmp}/s", "--capacity", "1MiB"], "capacity"),
     "capacity no size": (["pack", MODEL, "{tmp}/s", "--capacity", "big"], "not a size: 'big'"),
     "store is a file": (["pack", MODEL, MODEL + "/config.json"], "config.json"),

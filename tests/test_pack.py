@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -17,11 +18,18 @@ from typing import Any
 
 import checkpoints
 import families
+import lmdb
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tiered_mem.errors import ConfigError, StoreError, StoreFullError, StoreMismatchError
+from tiered_mem.errors import (
+    ConfigError,
+    StoreError,
+    StoreFullError,
+    StoreMismatchError,
+    StoreMissingError,
+)
 from tiered_mem.hf import pack as pack_module
 from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.hf.pack import block_keys, describe, open_packed, pack, require_match
@@ -112,6 +120,42 @@ def test_a_complete_store_need_not_be_written(tmp_path: Path) -> None:
         opened = open_packed(checkpoint, tmp_path / "store")
         assert opened is not None and not opened.writable
         opened.close()
+
+
+@pytest.mark.parametrize("what", ["truncated", "no store", "foreign"])
+def test_a_damaged_store_is_not_taken_for_an_empty_one(what: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(checkpoints.save("mixtral", tmp_path / "model"))
+    path = tmp_path / "store"
+    pack(checkpoint, path)
+    data = path / "data.mdb"
+    if what == "truncated":
+        os.truncate(data, 5 * 4096)
+    elif what == "no store":
+        data.write_bytes(b"hello" * 5000)
+    else:
+        data.unlink()
+        with lmdb.open(str(path), max_dbs=1) as foreign, foreign.begin(write=True) as txn:
+            txn.put(b"key", b"value")
+    for attempt in (open_packed, pack):
+        with pytest.raises(StoreError, match=re.escape(str(path))) as raised:
+            attempt(checkpoint, path)
+        assert not isinstance(raised.value, StoreMissingError)
+
+
+@pytest.mark.parametrize("what", ["no bytes", "no databases"])
+def test_a_store_cut_short_before_its_first_commit_is_packed(what: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(checkpoints.save("mixtral", tmp_path / "model"))
+    path = tmp_path / "store"
+    path.mkdir()
+    if what == "no bytes":
+        (path / "data.mdb").touch()
+    else:
+        lmdb.open(str(path)).close()
+    with pytest.raises(StoreMissingError, match="cut short"):
+        Store.open(path)
+    assert open_packed(checkpoint, path) is None
+    pack(checkpoint, path)
+    assert_packed(checkpoint, path)
 
 
 def test_other_metadata_of_the_store_is_kept(tmp_path: Path) -> None:

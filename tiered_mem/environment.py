@@ -20,6 +20,7 @@ from tiered_mem.errors import (
     StoreError,
     StoreFullError,
     StoreMismatchError,
+    StoreMissingError,
     StoreReadOnlyError,
 )
 
@@ -107,7 +108,9 @@ class Environment:
             with named_errors(directory):
                 identity = _identity(directory)
             if identity is None:
-                raise StoreError(f"no store at {directory}: make one with `tiered-mem pack`")
+                raise StoreMissingError(f"no store at {directory}: make one with `tiered-mem pack`")
+            if os.stat(directory / _DATA).st_size == 0:  # LMDB would call it a bad descriptor
+                raise _unfinished(directory)
             if identity not in cls._shared:
                 return cls(directory, map_nbytes=0, writable=False)._share()
             cls._shared[identity]._users += 1
@@ -184,6 +187,8 @@ class Environment:
                 self.lmdb.open_db(name, create=False) for name in _DATABASES
             )
         except lmdb.NotFoundError:
+            if self.lmdb.stat()["entries"] == 0:
+                raise _unfinished(self.directory) from None
             raise StoreError(
                 f"{self.directory} holds an LMDB database that isn't a store of tiered-mem"
             ) from None
@@ -247,6 +252,13 @@ def _named(error: Any, directory: Path, written_nbytes: int) -> StoreError:
     if code in _READ_ONLY or isinstance(error, lmdb.ReadonlyError):
         return StoreReadOnlyError(f"{directory} doesn't allow this access: {error}")
     return StoreError(f"{directory}: {error}")
+
+
+def _unfinished(directory: Path) -> StoreMissingError:
+    return StoreMissingError(
+        f"{directory / _DATA} is empty, as when the making of a store was cut short: pack into it "
+        "again with `tiered-mem pack`"
+    )
 
 
 def _prepare_directory(directory: Path) -> None:

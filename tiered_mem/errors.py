@@ -32,6 +32,10 @@ class StoreError(TieredMemError):
     """A store that can't be opened, read or written."""
 
 
+class StoreMissingError(StoreError):
+    """No store there, or one whose making was cut short before its first commit."""
+
+
 class StoreMismatchError(StoreError):
     """A store packed from another checkpoint, with another dtype, or by another version."""
 

@@ -75,8 +75,9 @@ class Store:
         its file (default: what the disk has free). Within a process, open for writing first:
         a store that is open for reading can't be opened for writing as well.
 
-        Raises `StoreError` (no store there, truncated, not ours), `StoreMismatchError` (another
-        version), `StoreBusyError` (another writer), `StoreReadOnlyError`, `StoreFullError`.
+        Raises `StoreMissingError`, `StoreError` (truncated, not ours), `StoreMismatchError`
+        (another version), `StoreBusyError` (another writer), `StoreReadOnlyError`,
+        `StoreFullError`.
         """
         if mode not in ("r", "w"):
             raise ConfigError(f"unknown mode {mode!r}: use 'r' or 'w'")

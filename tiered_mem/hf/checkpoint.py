@@ -83,6 +83,7 @@ class Checkpoint:
         `UnsupportedModelError` for quantisation whose package isn't installed.
         """
         path = os.fspath(path_or_id)
+        _require_local(path)
         try:
             model_class = model_class or default_model_class(path, **hf_kwargs)
             _refuse_by_config(path, model_class, hf_kwargs)
@@ -289,6 +290,15 @@ def _weights_of(
             if other in recipes:
                 return other.rpartition(".")[0]
     return name
+
+
+def _require_local(path: str) -> None:
+    """Refuse a path that isn't there by that name; transformers would take it for a hub id."""
+    is_path = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    if is_path and not os.path.exists(path):
+        raise CheckpointError(
+            f"there is no checkpoint at {path}: name a directory, or a hub id such as owner/model"
+        )
 
 
 class _Taken(Exception):

@@ -16,7 +16,7 @@ import torch
 
 from tiered_mem.catalogue import ALIGNMENT, Bytes, Codec, encode, round_up
 from tiered_mem.config import format_size
-from tiered_mem.errors import StoreError, StoreFullError, StoreMismatchError
+from tiered_mem.errors import StoreFullError, StoreMismatchError, StoreMissingError
 from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.store import Store, allocate
@@ -89,14 +89,13 @@ def pack(
 def open_packed(checkpoint: Checkpoint, store_path: str | PathLike[str]) -> Store | None:
     """Open the store for reading if it holds every expert; None if there is something to pack.
 
-    Raises `StoreMismatchError` if the store holds another checkpoint, dtype or layout.
+    Raises `StoreMismatchError` if the store holds another checkpoint, dtype or layout, and what
+    `Store.open` raises for one that is damaged or can't be read.
     """
     try:
         store = Store.open(store_path)
-    except StoreMismatchError:
-        raise
-    except StoreError:
-        return None  # not there, or killed before its first commit; if worse, writing will tell
+    except StoreMissingError:
+        return None
     try:
         if "experts" in store.metadata:
             require_match(store, checkpoint)
