@@ -29,6 +29,7 @@ import lmdb
 import numpy as np
 import torch
 from common import (
+    OtherLoad,
     interleave,
     machine,
     median_of,
@@ -286,9 +287,11 @@ def bench_reads(folder: Path, size: Size) -> dict[str, Any]:
         for n in READERS
         for name, peer in peers.items()
     }
-    measured = interleave(calls, size.rounds)
+    with OtherLoad() as others:
+        measured = interleave(calls, size.rounds)
     return {
         "block_nbytes": BLOCK,
+        "cpus_busy_by_others": others.cpus,
         "reads_per_measurement": {n: getattr(size, n) for n in ("num_reads", "num_slow_reads")},
         "file_mb": {name: peer.file.stat().st_size / 1e6 for name, peer in peers.items()},
         "raw_passes_mb_s": passes,

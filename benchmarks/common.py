@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -54,6 +55,31 @@ def machine(folder: str | os.PathLike[str]) -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
     }
+
+
+class OtherLoad:
+    """Context manager: how many CPUs other processes kept busy meanwhile, in `cpus`."""
+
+    cpus = float("nan")
+
+    def __enter__(self) -> OtherLoad:
+        self._before = self._sample()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        seconds, other = (
+            after - before for after, before in zip(self._sample(), self._before, strict=True)
+        )
+        self.cpus = round(max(other, 0.0) / seconds, 3)
+        if self.cpus > 0.2:
+            print(f"warning: other processes kept {self.cpus} CPUs busy", file=sys.stderr)
+
+    @staticmethod
+    def _sample() -> tuple[float, float]:
+        machine_times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle = ("idle", "iowait", "steal")
+        busy = sum(machine_times) - sum(getattr(machine_times, name, 0.0) for name in idle)
+        return time.monotonic(), busy - own.user - own.system
 
 
 def interleave(peers: Mapping[str, Callable[[], float]], num_rounds: int) -> dict[str, list[float]]:
