@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from tiered_mem import cgroup
 from tiered_mem.config import (
     Budgets,
     BudgetWarning,
     WorkingSet,
     format_size,
+    headroom,
     memory_to_spare,
     parse_size,
 )
@@ -29,6 +32,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     def set_memory(total: int, available: int) -> None:
         memory = SimpleNamespace(total=total, available=available)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+        monkeypatch.setattr(cgroup, "memory_left", lambda: None)
 
     set_memory(64 * GIB, 40 * GIB)
     return set_memory
@@ -90,7 +94,35 @@ def test_what_leaves_the_machine_room(machine: Any) -> None:
     machine(8 * GIB, 4 * GIB)
     assert memory_to_spare() == 3 * GIB
     machine(8 * GIB, GIB // 2)
-    assert memory_to_spare() == 0
+    assert (memory_to_spare(), headroom()) == (0, -GIB // 2)
+
+
+def test_a_control_groups_limit_counts_as_the_machine_does(
+    machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for left, headroom_nbytes in ((None, 33.6), (99, 33.6), (10, 3.6), (0, -6.4)):
+        nbytes = None if left is None else left * GIB
+        monkeypatch.setattr(cgroup, "memory_left", lambda nbytes=nbytes: nbytes)
+        assert headroom() == int(headroom_nbytes * GIB)
+
+
+def test_what_a_control_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "_MOUNT", tmp_path)
+    monkeypatch.setattr(cgroup, "_MEMBERSHIP", tmp_path / "membership")
+    assert cgroup.memory_left() is None
+    (tmp_path / "membership").write_text("4:memory:/old\n")
+    assert cgroup.memory_left() is None
+    (tmp_path / "membership").write_text("4:memory:/old\n0::/slice/box\n")
+    assert cgroup.memory_left() is None
+    for group, limit, current in (("slice", "9000", 2000), ("slice/box", "max", 1500)):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / group / "memory.current").write_text(f"{current}\n")
+        stat = "anon 900\nactive_file 300\ninactive_file 200\n"
+        (tmp_path / group / "memory.stat").write_text(stat)
+    assert cgroup.memory_left() == 9000 - (2000 - 500)
+    (tmp_path / "slice/box/memory.max").write_text("1100\n")
+    assert cgroup.memory_left() == 1100 - (1500 - 500)
 
 
 def test_auto_takes_what_is_useful_and_leaves_room(machine: Any) -> None:

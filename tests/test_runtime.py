@@ -17,6 +17,7 @@ import psutil
 import pytest
 from adapter import in_threads, num_threads, wait_until
 
+from tiered_mem import memory_watch
 from tiered_mem.config import Budgets
 from tiered_mem.errors import (
     BudgetError,
@@ -279,16 +280,40 @@ def test_short_memory_shrinks_dram_before_hbm(store: Store, followed: Runtime) -
     assert followed.budgets == Budgets(32 * SLOT, 0, True, True)
     for _ in range(40):
         shrink_to_fit(followed, 0)
-    assert followed.budgets.hbm >= NUM_EXPERTS * SLOT
+    assert followed.budgets == Budgets(NUM_EXPERTS * SLOT, 0, True, True)
     read(space, 1, list(range(NUM_EXPERTS)))
 
 
-def test_a_shrink_leaves_room_for_a_block(store: Store, followed: Runtime) -> None:
+def test_full_tiers_shrink_too(store: Store) -> None:
+    budgets = Budgets(8 * SLOT, 6 * SLOT, auto_hbm=True, auto_dram=True)
+    with Runtime.from_budgets(budgets, eviction="lru") as runtime:
+        space = runtime.attach(store)
+        for layer in range(NUM_LAYERS):
+            read(space, layer, list(range(8)))
+        wait_until(lambda: runtime.nbytes_used() == {"hbm": 8 * SLOT, "dram": 6 * SLOT})
+        shrink_to_fit(runtime, 0)
+        assert runtime.budgets == budgets
+        shrink_to_fit(runtime, -2 * SLOT)
+        assert runtime.nbytes_used() == {"hbm": 8 * SLOT, "dram": 4 * SLOT}
+        shrink_to_fit(runtime, -7 * SLOT)
+        assert runtime.nbytes_used() == {"hbm": 5 * SLOT, "dram": 0}
+        read(space, 0, list(range(NUM_EXPERTS)))
+
+
+def test_a_shrink_ends_and_says_so_once(
+    store: Store, followed: Runtime, caplog: pytest.LogCaptureFixture
+) -> None:
     space = followed.attach(store)
-    for _ in range(40):
-        shrink_to_fit(followed, 0)
-    assert followed.budgets == Budgets(SLOT, 0, True, True)
+    for _ in range(3):
+        shrink_to_fit(followed, -(1 << 40))
+        assert followed.budgets == Budgets(4 * SLOT, 0, True, True)  # HBM's sixteenth
+        assert len(caplog.messages) == 2
     read(space, 0, [1, 2, 3])
+    with Runtime.from_budgets(Budgets(8 * SLOT, 0, auto_hbm=True), eviction="lru") as small:
+        space = small.attach(store)
+        shrink_to_fit(small, -(1 << 40))
+        assert small.budgets.hbm == SLOT  # a block
+        read(space, 0, [1, 2, 3])
 
 
 def test_only_auto_budgets_shrink(store: Store) -> None:
@@ -313,11 +338,28 @@ def test_the_watch_sees_memory_run_short_and_ends(
     space = runtime.attach(store)
     memory = SimpleNamespace(total=64 << 30, available=0)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    wait_until(lambda: runtime.budgets == Budgets(SLOT, 0, True, True))
+    wait_until(lambda: runtime.budgets == Budgets(4 * SLOT, 0, True, True))
     read(space, 0, list(range(NUM_EXPERTS)))
     runtime.close()
     watch.join(60)
     assert not watch.is_alive()
+
+
+@pytest.mark.parametrize("error", [BudgetError, OSError])
+def test_the_watch_outlives_errors(
+    store: Store, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryWatch, "_EVERY_SECONDS", 0.01)
+    calls = []
+
+    def fail_first(runtime: Runtime, headroom: int) -> None:
+        calls.append(headroom)
+        if len(calls) == 1:
+            raise error("once")
+
+    monkeypatch.setattr(memory_watch, "shrink_to_fit", fail_first)
+    with Runtime.from_budgets(Budgets(SLOT, 0, auto_hbm=True), eviction="lru"):
+        wait_until(lambda: len(calls) > 2)
 
 
 def test_the_watch_doesnt_keep_a_runtime_alive(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import psutil
 
+from tiered_mem import cgroup
 from tiered_mem.errors import BudgetError, ConfigError
 
 Size = int | str
@@ -72,10 +73,20 @@ def format_size(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
+def headroom() -> int:
+    """Return the bytes of host memory beyond the machine's room; negative where that is cut into.
+
+    A limit on this process's control group counts as the machine does.
+    """
+    memory = psutil.virtual_memory()
+    left = cgroup.memory_left()
+    available = memory.available if left is None else min(memory.available, left)
+    return int(available - max(_ROOM_NBYTES, _ROOM_SHARE * memory.total))
+
+
 def memory_to_spare() -> int:
     """Return the bytes of host memory that can be taken while leaving the machine room."""
-    memory = psutil.virtual_memory()
-    return max(0, int(memory.available - max(_ROOM_NBYTES, _ROOM_SHARE * memory.total)))
+    return max(0, headroom())
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from tiered_mem.config import format_size, memory_to_spare
-from tiered_mem.errors import RuntimeClosedError
+from tiered_mem.config import format_size, headroom
+from tiered_mem.errors import BudgetError, RuntimeClosedError
 
 if TYPE_CHECKING:
     from tiered_mem.runtime import Runtime
@@ -33,22 +32,26 @@ class MemoryWatch(threading.Thread):
             runtime = self._runtime()
             if runtime is None:
                 return
-            with suppress(RuntimeClosedError):
-                shrink_to_fit(runtime, memory_to_spare())
+            try:
+                shrink_to_fit(runtime, headroom())
+            except (RuntimeClosedError, BudgetError):
+                pass  # closed, or a model with larger blocks came meanwhile: look again
+            except Exception:
+                logger.exception("the memory watch failed; it goes on")
             del runtime
 
     def stop(self) -> None:
         self._stopped.set()
 
 
-def shrink_to_fit(runtime: Runtime, spare: int) -> None:
+def shrink_to_fit(runtime: Runtime, headroom: int) -> None:
     """Shrink the `auto` budgets of `runtime` if they promise more than the machine has to give.
 
-    `spare` is what could still be taken now. What the tiers use already is theirs; what they may
-    yet take must not exceed `spare`.
+    `headroom` is what could still be taken now, negative if too much is taken already. What the
+    tiers may yet take must not exceed it; if it is negative, they give back what they have.
     """
     budgets, used = runtime.budgets, runtime.nbytes_used()
-    excess = (budgets.hbm - used["hbm"]) + (budgets.dram - used["dram"]) - spare
+    excess = (budgets.hbm - used["hbm"]) + (budgets.dram - used["dram"]) - headroom
     if excess <= 0:
         return
     if budgets.auto_dram and budgets.dram:
@@ -57,7 +60,7 @@ def shrink_to_fit(runtime: Runtime, spare: int) -> None:
         runtime.resize(dram=smaller)
         excess -= budgets.dram - smaller
     if budgets.auto_hbm and excess > 0:
-        least = max(budgets.hbm // 16, runtime.largest_block())
-        smaller = min(budgets.hbm, max(least, budgets.hbm - excess))
-        logger.warning("memory is short: HBM's part shrinks to %s", format_size(smaller))
-        runtime.resize(hbm=smaller)
+        smaller = max(runtime.least_hbm(), budgets.hbm - excess)
+        if smaller < budgets.hbm:
+            logger.warning("memory is short: HBM's part shrinks to %s", format_size(smaller))
+            runtime.resize(hbm=smaller)

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_SPACES = 256
 _NUM_HINTS_TO_JUDGE = 256
+_LEAST_SHARE = 16  # of the HBM it started with, a runtime keeps one part in so many
 _GIVEN_BACK = "this model's blocks were given back: load it again to use it"
 
 #: Fills `out` (uint8) with the bytes of a block that is damaged in the store, from their source.
@@ -66,7 +67,7 @@ class Runtime:
 
     def _start(self, budgets: Budgets, eviction: str, num_io_threads: int) -> None:
         self.eviction = eviction
-        self._budgets = budgets
+        self._budgets = self._budgets_at_start = budgets
         # Re-entrant: the garbage collector may close a model in the middle of anything.
         self._lock = threading.RLock()
         self._spaces: dict[int, Space] = {}
@@ -132,6 +133,10 @@ class Runtime:
         """Return the bytes of the largest slot that a model on the runtime needs; 0 without any."""
         with self._lock:
             return max((space.largest_slot for space in self._spaces.values()), default=0)
+
+    def least_hbm(self) -> int:
+        """Return the bytes below which HBM doesn't shrink by itself, however short memory is."""
+        return max(self._budgets_at_start.hbm // _LEAST_SHARE, self.largest_block())
 
     def stats(self) -> Stats:
         """Return the counts since the start."""
