@@ -435,7 +435,7 @@ void bind_runtime(py::module_& m) {
             const Key* data = keys.data();
             const auto num_keys = static_cast<size_t>(keys.size());
             py::gil_scoped_release release;
-            tiers.announce(data, num_keys, stream);
+            return tiers.announce(data, num_keys, stream);
           },
           py::arg("keys"), py::arg("stream") = 0)
       .def("present", &Tiers::present, py::arg("key"), Released())

@@ -1,13 +1,13 @@
 // Where a tier's memory comes from and how bytes get into it.
 //
-// The host device is here; a CUDA device implements the same interface over the driver API. The
-// transfer engine asks `host_accessible` whether its threads may write into the memory directly.
+// The host device is here; a CUDA device implements the same interface over the driver API. Reads
+// land in place, so a device must be `host_accessible`; one that isn't needs staging in DRAM, which
+// comes with it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <string>
 
 namespace tiered_mem {
 
@@ -25,9 +25,9 @@ class Memory {
 class Device {
  public:
   virtual ~Device() = default;
-  virtual std::string name() const = 0;
   /// Reserves `nbytes`, aligned to 4096. Host memory is committed only when it is touched.
   virtual std::shared_ptr<Memory> allocate(std::uint64_t nbytes) = 0;
+  /// Whether I/O threads may write into its memory.
   virtual bool host_accessible() const = 0;
 
   /// A point on the device's copy stream, to be waited for by `wait`.

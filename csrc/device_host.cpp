@@ -48,7 +48,6 @@ class HostMemory final : public Memory {
 
 class HostDevice final : public Device {
  public:
-  std::string name() const override { return "host"; }
   std::shared_ptr<Memory> allocate(std::uint64_t nbytes) override {
     return std::make_shared<HostMemory>(nbytes);
   }

@@ -127,7 +127,7 @@ Admission Tiers::try_acquire(Event& event) {
   for (const Wanted& block : wanted)
     if (Block* copy = dram_.find(block.key)) copies.push_back(copy);
   for (Block* copy : copies) dram_.pin(*copy);
-  handle_victims(victims);
+  handle_victims(victims, Priority::demand);
 
   event.slots_.resize(num_keys);
   event.tickets_.resize(num_keys);
@@ -193,6 +193,7 @@ void Tiers::release(Event& event) {
     Lock lock(mutex_);
     if (event.released_) return;
     event.released_ = true;
+    settle_ended();
     for (Key key : event.keys_) hbm_.unpin(*hbm_.find(key));
     const auto holder = holders_.find(event.stream_);
     if (--holder->second == 0) holders_.erase(holder);
@@ -205,6 +206,7 @@ void Tiers::release(Event& event) {
 void Tiers::wait_changed(Lock& lock, Clock::time_point& next_poll) {
   if (next_poll == Clock::time_point{}) next_poll = Clock::now() + kPollEvery;
   changed_.wait_until(lock, next_poll);
+  settle_ended();
   if (Clock::now() < next_poll) return;
   struct Unlocked {
     Lock& lock;
@@ -215,6 +217,7 @@ void Tiers::wait_changed(Lock& lock, Clock::time_point& next_poll) {
     const Unlocked unlocked(lock);
     poll_();
   }
+  settle_ended();
   next_poll = Clock::now() + kPollEvery;
 }
 

@@ -27,6 +27,8 @@ Tiers::Tiers(const TiersConfig& config, std::unique_ptr<Device> device, Poll pol
       has_dram_(config.dram_nbytes > 0),
       max_guessed_nbytes_(config.hbm_nbytes / kGuessShare),
       engine_(checked_num_threads(config.num_io_threads), *device_) {
+  if (!device_->host_accessible())
+    throw ConfigError("I/O threads can't write into this device's memory");
   hbm_memory_ = device_->allocate(hbm_.arena().reserved());
   dram_memory_ = make_host_device()->allocate(dram_.arena().reserved());
 }
@@ -40,7 +42,9 @@ void Tiers::destroy(Tiers* tiers) {
 Tiers::Lock Tiers::lock() {
   if (forked())
     throw RuntimeClosed("a runtime stays in the process that made it; make one in the child");
-  return Lock(mutex_);
+  Lock held(mutex_);
+  settle_ended();
+  return held;
 }
 
 void Tiers::check_open() const {
@@ -76,10 +80,16 @@ bool Tiers::present(Key key) {
   return block != nullptr && block->state != State::failed;
 }
 
-void Tiers::announce(const Key* keys, std::size_t num_keys, std::uint64_t stream) {
+std::vector<bool> Tiers::announce(const Key* keys, std::size_t num_keys, std::uint64_t stream) {
   const Lock held = lock();
   check_open();
   settle_hints(keys, num_keys, stream);
+  std::vector<bool> present(num_keys);
+  for (std::size_t i = 0; i < num_keys; ++i) {
+    const Block* block = hbm_.find(keys[i]);
+    present[i] = block != nullptr && block->state != State::failed;
+  }
+  return present;
 }
 
 bool Tiers::resident(Key key) { return num_resident(&key, 1) == 1; }
@@ -116,25 +126,39 @@ Tiers::Ticket Tiers::start_load(Block& block, Priority priority, std::uint32_t r
     transfer->source = dram(copy->slot);
     dram_.pin(*copy);
     if (const auto arriving = demotions_.find(key); arriving != demotions_.end())
-      transfer->after.push_back(arriving->second);
+      transfer->fed_by = arriving->second;
   } else {
     transfer->link = Link::nvme_to_hbm;
     transfer->extent = source_of(key);
     transfer->nbytes = transfer->extent->nbytes;
   }
-  transfer->on_end = [this, key](Transfer& ended) { on_load_end(key, ended); };
+  transfer->on_end = [this, key](Transfer& ended) { on_end({key, 0, ended.shared_from_this()}); };
   loads_[key] = transfer;
   if (!engine_.submit(transfer, priority)) throw RuntimeClosed("the runtime is closed");
   return transfer;
 }
 
-void Tiers::on_load_end(Key key, const Transfer& transfer) {
+// An I/O thread only says that a transfer has ended. What follows asks policies, which is for the
+// threads that call.
+void Tiers::on_end(Ended ended) {
   {
     Lock lock(mutex_);
-    settle_load(key, transfer);
-    finish_resize();
+    ended_.push_back(std::move(ended));
   }
   changed_.notify_all();
+}
+
+void Tiers::settle_ended() {
+  if (ended_.empty()) return;
+  std::vector<Ended> all;
+  all.swap(ended_);
+  for (const Ended& ended : all) {
+    if (ended.ticket->link == Link::hbm_to_dram)
+      settle_demotion(ended);
+    else
+      settle_load(ended.key, *ended.ticket);
+  }
+  finish_resize();
 }
 
 // Does the accounts of an ended load, once: an event that finds it ended may come first.
@@ -145,7 +169,8 @@ void Tiers::settle_load(Key key, const Transfer& transfer) {
   loads_.erase(found);
   if (transfer.link == Link::dram_to_hbm) {
     Block& copy = *dram_.find(key);
-    dram_.demote_rank(copy);
+    // What HBM has now is the first that DRAM can do without.
+    if (transfer.status() == Transfer::Status::done) dram_.demote_rank(copy);
     dram_.unpin(copy);
   }
   Block& block = *hbm_.find(key);
@@ -167,57 +192,52 @@ void Tiers::settle_load(Key key, const Transfer& transfer) {
   }
 }
 
-void Tiers::handle_victims(const std::vector<Victim>& victims) {
+// What leaves HBM is copied to DRAM, unless it still lies there: then it is fresh again. Guesses
+// that nobody used and blocks of emptied slabs aren't worth, or can't have, a copy.
+void Tiers::handle_victims(const std::vector<Victim>& victims, Priority priority) {
   for (const Victim& victim : victims) {
     if (victim.unused_guess) stats_.nbytes_prefetch_wasted += victim.nbytes;
-    if (has_dram_ && victim.slot_reused && !victim.unused_guess) start_demotion(victim);
+    if (!has_dram_) continue;
+    if (Block* copy = dram_.find(victim.key))
+      dram_.use(*copy);
+    else if (victim.slot_reused && !victim.unused_guess)
+      start_demotion(victim, priority);
   }
 }
 
-// Copies a block that leaves HBM to DRAM, unless it still lies there (then it is fresh again) or
-// DRAM has no room now.
-Tiers::Ticket Tiers::start_demotion(const Victim& victim) {
-  if (Block* copy = dram_.find(victim.key)) {
-    dram_.use(*copy);
-    return nullptr;
-  }
+// Does nothing if DRAM has no room now.
+void Tiers::start_demotion(const Victim& victim, Priority priority) {
   std::vector<Victim> dropped;
-  if (dram_.admit({{victim.key, victim.nbytes}}, Entry::demanded, dropped) != Admission::ok)
-    return nullptr;
+  if (dram_.admit({{victim.key, victim.nbytes}}, Entry::demanded, dropped) != Admission::ok) return;
   auto transfer = std::make_shared<Transfer>();
   transfer->link = Link::hbm_to_dram;
+  transfer->due = clock_;
   transfer->nbytes = victim.nbytes;
   transfer->source = hbm(victim.slot);
   transfer->target = dram(dram_.find(victim.key)->slot);
   transfer->keep_alive = {hbm_memory_, dram_memory_};
   transfer->on_end = [this, key = victim.key, slot = victim.slot](Transfer& ended) {
-    on_demotion_end(key, slot, ended);
+    on_end({key, slot, ended.shared_from_this()});
   };
   hbm_.hold(victim.slot);
   demotions_[victim.key] = transfer;
   leaving_[victim.slot] = transfer;
-  if (!engine_.submit(transfer, Priority::demand)) throw RuntimeClosed("the runtime is closed");
-  return transfer;
+  if (!engine_.submit(transfer, priority)) throw RuntimeClosed("the runtime is closed");
 }
 
-void Tiers::on_demotion_end(Key key, Slot hbm_slot, const Transfer& transfer) {
-  {
-    Lock lock(mutex_);
-    demotions_.erase(key);
-    // The slot's next owner may have come and be leaving by now.
-    if (const auto found = leaving_.find(hbm_slot);
-        found != leaving_.end() && found->second.get() == &transfer) {
-      leaving_.erase(found);
-      hbm_.unhold(hbm_slot);
-    }
-    Block& block = *dram_.find(key);
-    if (transfer.status() == Transfer::Status::done)
-      dram_.mark_ready(block);
-    else
-      dram_.mark_failed(block);
-    finish_resize();
+void Tiers::settle_demotion(const Ended& ended) {
+  demotions_.erase(ended.key);
+  // The slot's next owner may have come and be leaving by now.
+  if (const auto found = leaving_.find(ended.hbm_slot);
+      found != leaving_.end() && found->second == ended.ticket) {
+    leaving_.erase(found);
+    hbm_.unhold(ended.hbm_slot);
   }
-  changed_.notify_all();
+  Block& block = *dram_.find(ended.key);
+  if (ended.ticket->status() == Transfer::Status::done)
+    dram_.mark_ready(block);
+  else
+    dram_.mark_failed(block);
 }
 
 // --- hints ---
@@ -251,7 +271,7 @@ void Tiers::hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bo
     if (hbm_.nbytes_guessed() + nbytes > std::max(max_guessed_nbytes_, nbytes)) break;
     std::vector<Victim> victims;
     if (hbm_.admit({{hint.key, nbytes}}, Entry::guessed, victims) != Admission::ok) break;
-    handle_victims(victims);
+    handle_victims(victims, Priority::prefetch);
     Block& block = *hbm_.find(hint.key);
     hbm_.protect(block, true);
     start_load(block, Priority::prefetch, hint.rank);
@@ -405,6 +425,7 @@ void Tiers::close() {
   changed_.notify_all();
   engine_.stop();
   Lock lock(mutex_);
+  settle_ended();
   hbm_memory_.reset();
   dram_memory_.reset();
   sources_ = {};

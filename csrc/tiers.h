@@ -140,8 +140,9 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   bool resident(Key key);
   /// Whether a block is in HBM or on its way there.
   bool present(Key key);
-  /// Settles hints by all keys of an event that will be acquired in several waves.
-  void announce(const Key* keys, std::size_t num_keys, std::uint64_t stream);
+  /// Settles hints by all keys of an event that will be acquired in several waves. Returns which
+  /// of them are in HBM or on their way.
+  std::vector<bool> announce(const Key* keys, std::size_t num_keys, std::uint64_t stream);
   std::size_t num_resident(const Key* keys, std::size_t num_keys);
   /// The most blocks of this size that an event can hold.
   std::uint64_t max_event(std::uint64_t nbytes);
@@ -183,10 +184,16 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   void settle_hints(const Key* keys, std::size_t num_keys, std::uint64_t stream);
   void drop_hint(const Hint& hint);
   Ticket start_load(Block& block, Priority priority, std::uint32_t rank);
-  Ticket start_demotion(const Victim& victim);
-  void handle_victims(const std::vector<Victim>& victims);
-  void on_load_end(Key key, const Transfer& transfer);
-  void on_demotion_end(Key key, Slot hbm_slot, const Transfer& transfer);
+  void start_demotion(const Victim& victim, Priority priority);
+  void handle_victims(const std::vector<Victim>& victims, Priority priority);
+  struct Ended {
+    Key key;
+    Slot hbm_slot;  // that was left, if it was a copy to DRAM
+    Ticket ticket;
+  };
+  void on_end(Ended ended);
+  void settle_ended();
+  void settle_demotion(const Ended& ended);
   void settle_load(Key key, const Transfer& transfer);
   void wait_changed(Lock& lock, Clock::time_point& next_poll);
   void release(Event& event);
@@ -209,6 +216,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   std::unordered_map<Key, Ticket> loads_;      // into HBM, in flight
   std::unordered_map<Key, Ticket> demotions_;  // into DRAM, in flight
   std::unordered_map<Slot, Ticket> leaving_;   // HBM slots whose last block is being copied out
+  std::vector<Ended> ended_;                   // transfers not yet in the accounts
   std::deque<const Event*> queue_;             // waiting for room, oldest first
   std::unordered_map<std::uint64_t, std::uint32_t> holders_;  // unreleased events by stream
   HintBook hints_;

@@ -35,6 +35,9 @@ TransferEngine::~TransferEngine() { stop(); }
 // Demands are served in the order they came, prefetches by due time and probability.
 void TransferEngine::enqueue(const std::shared_ptr<Transfer>& transfer) {
   if (transfer->priority_ == Priority::demand) {
+    // What a demand waits for is a demand.
+    for (const auto& before : transfer->after) raise_locked(before);
+    if (transfer->fed_by) raise_locked(transfer->fed_by);
     demand_.push_back(transfer);
   } else {
     const auto sooner = [](const auto& a, const auto& b) {
@@ -61,6 +64,10 @@ bool TransferEngine::submit(const std::shared_ptr<Transfer>& transfer, Priority 
 
 bool TransferEngine::raise(const std::shared_ptr<Transfer>& transfer) {
   std::lock_guard lock(mutex_);
+  return raise_locked(transfer);
+}
+
+bool TransferEngine::raise_locked(const std::shared_ptr<Transfer>& transfer) {
   if (transfer->ended() || transfer->error_ || stopping_) return false;
   if (transfer->priority_ == Priority::demand && !transfer->abandoned_) return true;
   const auto found = std::find(prefetch_.begin(), prefetch_.end(), transfer);
@@ -129,6 +136,7 @@ std::size_t& TransferEngine::num_in_flight(const Transfer& transfer) {
 bool TransferEngine::may_start(const Transfer& transfer) const {
   for (const auto& before : transfer.after)
     if (!before->ended()) return false;
+  if (transfer.fed_by && !transfer.fed_by->ended()) return false;
   if (transfer.priority_ == Priority::demand) return true;
   const auto& busy = num_in_flight_[static_cast<std::size_t>(transfer.link)];
   return busy[0] + busy[1] == 0;
@@ -197,6 +205,8 @@ void TransferEngine::move_chunk(const Claim& claim, Scratch& scratch) {
     read_chunk(*transfer.extent, claim.chunk, transfer.target + first, scratch);
     return;
   }
+  if (transfer.fed_by && transfer.fed_by->status() != Transfer::Status::done)
+    throw Error("the block was to be copied from a copy that didn't arrive");
   const std::uint64_t nbytes = std::min(kChunk, transfer.nbytes - first);
   device_.wait(device_.copy_async(transfer.target + first, transfer.source + first, nbytes));
 }
@@ -231,6 +241,7 @@ void TransferEngine::finish(std::unique_lock<std::mutex>& lock,
 
 void TransferEngine::end(Transfer& transfer) {
   transfer.after.clear();
+  transfer.fed_by.reset();
   transfer.keep_alive.clear();
   transfer.on_end = nullptr;
   transfer.status_.store(transfer.error_       ? Transfer::Status::failed

@@ -1,8 +1,8 @@
 // The transfer engine: I/O threads that move blocks in chunks of at most 1 MiB.
 //
-// Demand overtakes prefetch at the next chunk, and a prefetch chunk starts only while no demand
-// is queued or in flight, so a wrong guess costs a demand at most the one chunk that is under
-// way. The threads know nothing of Python, policies or residency.
+// Demand overtakes prefetch at the next chunk. A prefetch chunk starts only while nothing else is
+// in flight on its link, one at a time, so a wrong guess costs a demand at most the one chunk that
+// is under way. The threads know nothing of Python, policies or residency.
 #pragma once
 
 #include <atomic>
@@ -30,7 +30,7 @@ constexpr std::size_t kNumLinks = 3;
 const char* link_name(Link link);
 
 /// One block on its way: the ticket. Holds its buffers until it is done.
-class Transfer {
+class Transfer : public std::enable_shared_from_this<Transfer> {
  public:
   enum class Status : std::uint8_t { queued, done, failed, cancelled };
 
@@ -40,8 +40,10 @@ class Transfer {
   /// Source: a block of a file, or other memory.
   std::shared_ptr<const Extent> extent;
   const std::byte* source = nullptr;
-  /// Transfers that must have ended first: they still read the target, or fill the source.
+  /// Transfers that must have ended first, since they still read the target.
   std::vector<std::shared_ptr<Transfer>> after;
+  /// The transfer that fills the source: it must have ended well.
+  std::shared_ptr<Transfer> fed_by;
   /// Order among prefetches: earlier events first, likelier blocks first.
   std::uint64_t due = 0;
   double probability = 0;
@@ -111,6 +113,7 @@ class TransferEngine {
   bool may_start(const Transfer& transfer) const;
   std::size_t& num_in_flight(const Transfer& transfer);
   void enqueue(const std::shared_ptr<Transfer>& transfer);
+  bool raise_locked(const std::shared_ptr<Transfer>& transfer);
   void move_chunk(const Claim& claim, Scratch& scratch);
   void wait_for_turn(Link link, std::uint64_t nbytes, std::unique_lock<std::mutex>& lock);
   void finish(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Transfer>& transfer);

@@ -373,3 +373,22 @@ def test_hints_are_judged_by_the_whole_event_and_not_by_its_first_wave(
     assert tiers.stats()["num_prefetched_used"] == 2
     (num_hints, num_right, _), *rest = tiers.precision().values()
     assert (num_hints, num_right) == (3, 2) and not rest
+
+
+# --- guesses and DRAM ---
+
+
+def test_an_unused_guess_doesnt_cost_a_block_its_place_in_dram(blocks: Blocks) -> None:
+    tiers = make(blocks, 8, dram=4 * SLOT)
+    for index in range(10):
+        use(tiers, 0, [index])  # 0 and 1 leave for DRAM
+    tiers.hint(experts(0, [0]), exact=True)
+    arrive(tiers, 0, [0])  # in the place of 2, which leaves for DRAM
+    use(tiers, 0, [9])  # the hint was wrong
+    for index in range(4):
+        use(tiers, 1, [index])  # the guess leaves HBM, then 3, 4 and 5: DRAM drops 1 and 2
+    before = tiers.stats()
+    use(tiers, 0, [0])
+    after = tiers.stats()
+    assert after["num_dram_hits"] == before["num_dram_hits"] + 1
+    assert after["num_nvme_reads"] == before["num_nvme_reads"]

@@ -136,8 +136,11 @@ class Tiers:
         """
     def hint(self, keys: npt.ArrayLike, stream: int = 0, exact: bool = False) -> None:
         """Predict the next event of one layer in `stream`, likeliest block first."""
-    def announce(self, keys: npt.ArrayLike, stream: int = 0) -> None:
-        """Settle hints by all keys of an event that will be acquired in several waves."""
+    def announce(self, keys: npt.ArrayLike, stream: int = 0) -> list[bool]:
+        """Settle hints by all keys of an event that will be acquired in several waves.
+
+        Returns which of them are in HBM or on their way there.
+        """
     def present(self, key: int) -> bool:
         """Whether a block is in HBM or on its way there."""
 

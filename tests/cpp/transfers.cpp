@@ -27,7 +27,6 @@ using Log = std::vector<std::string>;
 // Copies a chunk when it is let through, and logs the block's name (its first byte) and chunk.
 class GatedDevice final : public Device {
  public:
-  std::string name() const override { return "gated"; }
   std::shared_ptr<Memory> allocate(std::uint64_t) override { return nullptr; }
   bool host_accessible() const override { return true; }
   Mark copy_async(std::byte* target, const std::byte* source, std::uint64_t nbytes) override {
@@ -246,6 +245,36 @@ void a_transfer_waits_for_those_before_it() {
   CHECK(writer.wait() == Status::done);
 }
 
+void a_copy_of_what_never_arrived_fails() {
+  GatedDevice device;
+  TransferEngine engine(2, device);
+  Block feed('f', 1, 0, 0, Link::hbm_to_dram), copy('c', 1);
+  copy.transfer->fed_by = feed.transfer;
+  device.fail("f0");
+  engine.submit(feed.transfer, Priority::demand);
+  engine.submit(copy.transfer, Priority::demand);
+  device.let("f0");
+  CHECK(feed.wait() == Status::failed);
+  CHECK(copy.wait() == Status::failed);
+  CHECK((device.log() == Log{"f0"}));
+}
+
+void what_a_demand_waits_for_is_a_demand() {
+  GatedDevice device;
+  TransferEngine engine(1, device);
+  Block busy('b', 1), other('o', 1, 0, 0, Link::hbm_to_dram);
+  Block leaving('l', 1, 0, 0, Link::hbm_to_dram), load('d', 1);
+  load.transfer->after = {leaving.transfer};
+  engine.submit(busy.transfer, Priority::demand);
+  device.await("b0");
+  engine.submit(other.transfer, Priority::prefetch);
+  engine.submit(leaving.transfer, Priority::prefetch);
+  engine.submit(load.transfer, Priority::demand);
+  device.let_all();
+  CHECK(other.wait() == Status::done);
+  CHECK((device.log() == Log{"b0", "l0", "d0", "o0"}));
+}
+
 void stop_ends_everything_once() {
   GatedDevice device;
   TransferEngine engine(1, device);
@@ -277,6 +306,8 @@ int main() {
   a_cancelled_transfer_can_be_raised_while_its_chunk_is_under_way();
   a_failed_chunk_is_not_forgotten_by_cancel_and_raise();
   a_transfer_waits_for_those_before_it();
+  a_copy_of_what_never_arrived_fails();
+  what_a_demand_waits_for_is_a_demand();
   stop_ends_everything_once();
   std::puts("ok");
   return 0;
