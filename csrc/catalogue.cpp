@@ -13,8 +13,8 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "entries are little-end
 
 struct Header {
   uint32_t crc;  // of the key and of all that follows
-  uint8_t codec, itemsize;
-  uint16_t reserved;
+  uint8_t codec;
+  uint8_t reserved[3];
   uint64_t nbytes, generation, offset;
 };
 static_assert(sizeof(Header) == 32, "no padding");

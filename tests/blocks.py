@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiered_mem import _core
-from tiered_mem.keys import BlockKey, Kind, pack_keys
+from tiered_mem.keys import BlockKey, Kind
 
 PAGE = _core.IO_ALIGNMENT
 CHUNK = _core.CHUNK_NBYTES
@@ -82,7 +82,7 @@ def write_blocks(path: Path, sizes: Mapping[int, int], seed: int = 0) -> Blocks:
 
 
 def experts(layer: int, indices: range | list[int], space: int = 0) -> Keys:
-    return pack_keys(Kind.EXPERT, layer, indices, space)
+    return np.array([expert(layer, index, space) for index in indices], np.uint64)
 
 
 def expert(layer: int, index: int, space: int = 0) -> int:

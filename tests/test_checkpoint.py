@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tiered_mem.errors import CheckpointError, StoreMismatchError, UnsupportedModelError
+from tiered_mem.errors import CheckpointError, UnsupportedModelError
 from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.hf.layout import ExpertLayout
 from tiered_mem.hf.tensor_file import TensorFile
@@ -183,14 +183,6 @@ def test_the_fingerprint_names_the_weights_not_the_place(tmp_path: Path) -> None
 
 
 # --- layout ---
-
-
-def test_a_layout_survives_json(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(checkpoints.save("gpt_oss", tmp_path))
-    layout = checkpoint.layouts[0]
-    assert ExpertLayout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
-    with pytest.raises(StoreMismatchError, match="layout"):
-        ExpertLayout.from_json({"num_experts": 4, "fields": [["w", [1], "no_such_dtype", 0]]})
 
 
 def test_a_layout_takes_what_is_per_expert_and_nothing_else() -> None:

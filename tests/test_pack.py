@@ -23,12 +23,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tiered_mem import catalogue
 from tiered_mem.errors import (
     ConfigError,
     StoreError,
     StoreFullError,
     StoreMismatchError,
     StoreMissingError,
+    StoreReadOnlyError,
 )
 from tiered_mem.hf import pack as pack_module
 from tiered_mem.hf.checkpoint import Checkpoint
@@ -118,7 +120,9 @@ def test_a_complete_store_need_not_be_written(tmp_path: Path) -> None:
     with Store.open(tmp_path / "store"):  # in this process it can't be opened for writing now
         assert pack(checkpoint, tmp_path / "store").num_packed == 0
         opened = open_packed(checkpoint, tmp_path / "store")
-        assert opened is not None and not opened.writable
+        assert opened is not None
+        with pytest.raises(StoreReadOnlyError):
+            opened.set_metadata({})
         opened.close()
 
 
@@ -311,6 +315,17 @@ def test_a_checkpoint_that_breaks_on_the_way_leaves_a_store_to_go_on_from(tmp_pa
     (folder / "model.safetensors").write_bytes(whole)
     assert pack(checkpoint, path).num_packed == checkpoint.num_blocks - committed
     assert_packed(checkpoint, path)
+
+
+def test_a_codec_that_can_not_be_read_here_is_refused_before_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "_can_read_zstd", lambda: False)
+    checkpoint = Checkpoint.open(checkpoints.save("mixtral", tmp_path / "model"))
+    with pytest.raises(ConfigError, match=r"libzstd\.so\.1.*use 'none'"):
+        pack(checkpoint, tmp_path / "store", codec="zstd")
+    assert not (tmp_path / "store").exists()
+    pack(checkpoint, tmp_path / "store", codec="none")
 
 
 # --- kill -9 ---

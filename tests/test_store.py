@@ -87,7 +87,7 @@ def test_blocks_past_the_read_window(store):
 
 
 def test_an_allocated_block_is_written_as_it_is(store):
-    block = store.allocate(MIB + 5)
+    block = allocate(MIB + 5)
     assert block.ctypes.data % 4096 == 0
     block[:] = random_bytes(block.nbytes)
     put(store, {key(0): block, key(1): block[7:], key(2): block.copy()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import struct
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ PAD_NBYTES = ALIGNMENT - PAGE_HEADER_NBYTES
 ZSTD_LEVEL = 1
 
 _CRC = struct.Struct("<I")
-_FIELDS = struct.Struct("<BBHQQQ")
+_FIELDS = struct.Struct("<B3xQQQ")
 
 
 class Codec(IntEnum):
@@ -43,18 +45,35 @@ class Codec(IntEnum):
 
     @classmethod
     def choose(cls, name: str, itemsize: int) -> Codec:
-        """Return the codec for `name` and elements of `itemsize` bytes. Raises `ConfigError`."""
+        """Return the codec for `name` and elements of `itemsize` bytes.
+
+        Raises `ConfigError` if there is no such codec, or none of its blocks could be read here.
+        """
         if name == "none":
             return cls.NONE
         if name == "zstd":
+            if not _can_read_zstd():
+                raise ConfigError(
+                    "codec 'zstd' can't be used here: libzstd.so.1, which reads it, is not on this "
+                    "machine: install it (Debian, Ubuntu: libzstd1; Fedora: libzstd), or use 'none'"
+                )
             return cls.ZSTD_PLANES2 if itemsize == 2 else cls.ZSTD
         raise ConfigError(f"unknown codec {name!r}: use 'none' or 'zstd'")
+
+
+@cache
+def _can_read_zstd() -> bool:
+    """Whether csrc/codec.cpp will find its library, which isn't the one that compresses here."""
+    try:
+        ctypes.CDLL("libzstd.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def pack_entry(
     key: bytes,
     codec: Codec,
-    itemsize: int,
     *,
     nbytes: int,
     generation: int,
@@ -67,7 +86,7 @@ def pack_entry(
     a chunk: stored bytes, raw bytes, CRC-32C of the stored bytes. The entry's own checksum covers
     `key`, so that it can't serve another one.
     """
-    fields = _FIELDS.pack(codec, itemsize, 0, nbytes, generation, offset)
+    fields = _FIELDS.pack(codec, nbytes, generation, offset)
     body = fields + table.astype("<u4", copy=False).tobytes()
     return _CRC.pack(_core.crc32c(key + body)) + body
 

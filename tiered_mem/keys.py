@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -54,9 +53,3 @@ class BlockKey(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind.name.lower()} {self.index} of layer {self.layer}"
-
-
-def pack_keys(kind: Kind, layer: int, indices: Iterable[int], space: int = 0) -> KeyArray:
-    """Return the packed keys of several blocks of one layer, shape [len(indices)], uint64."""
-    base = np.uint64(BlockKey(kind, layer, 0, space).pack())
-    return base | np.fromiter(indices, dtype=np.uint64)

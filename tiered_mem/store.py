@@ -27,7 +27,6 @@ import numpy as np
 from tiered_mem.catalogue import (
     PAD_NBYTES,
     PAGE_HEADER_NBYTES,
-    Bytes,
     Codec,
     allocate,
     encode,
@@ -98,10 +97,6 @@ class Store:
         return self._environment.directory
 
     @property
-    def writable(self) -> bool:
-        return self._writer_lock is not None
-
-    @property
     def direct(self) -> bool:
         """False where the filesystem has no O_DIRECT and reads go through the page cache."""
         return bool(self._open_environment().file.direct)
@@ -143,10 +138,6 @@ class Store:
         snapshot = Snapshot(self._open_environment(), self._snapshots.discard)
         self._snapshots.add(snapshot)
         return snapshot
-
-    def allocate(self, nbytes: int) -> Bytes:
-        """Return an empty block that `put` takes without a copy: see `allocate`."""
-        return allocate(nbytes)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[BlockKey]:
         """Read every block and return the keys of those that are damaged or can't be read.
@@ -213,7 +204,6 @@ class Transaction:
             entry = pack_entry(
                 packed,
                 chosen,
-                itemsize,
                 nbytes=nbytes,
                 generation=self._generation,
                 offset=offset,

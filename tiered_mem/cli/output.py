@@ -33,13 +33,11 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_table(
-    rows: Sequence[Sequence[str]], *, title: str = "", header: Sequence[str] = ()
-) -> None:
+def print_table(rows: Sequence[Sequence[str]], *, title: str = "") -> None:
     """Print rows of cells on stdout in columns."""
-    table = Table(box=None, show_header=bool(header), pad_edge=False, padding=(0, 2, 0, 0))
-    for i in range(max((len(row) for row in rows), default=0)):
-        table.add_column(header[i] if header else "", overflow="fold")
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for _ in range(max((len(row) for row in rows), default=0)):
+        table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tiered_mem import _core
-from tiered_mem.errors import StoreMismatchError
+from tiered_mem.catalogue import ALIGNMENT, round_up
 
 # Cache-line and vector friendly, and a multiple of every element size, so that a view of a
 # block (which itself starts 4096-aligned) is always aligned for its dtype.
-ALIGNMENT = 64
+FIELD_ALIGNMENT = 64
 
 
 class Field(NamedTuple):
@@ -52,7 +51,7 @@ class ExpertLayout:
         for name, (shape, dtype) in tensors.items():
             field = Field(name, tuple(shape), dtype, offset)
             fields.append(field)
-            offset += -(-field.nbytes // ALIGNMENT) * ALIGNMENT
+            offset += round_up(field.nbytes, FIELD_ALIGNMENT)
         return cls(num_experts, tuple(fields))
 
     @classmethod
@@ -70,7 +69,7 @@ class ExpertLayout:
     @property
     def slot_nbytes(self) -> int:
         """Bytes that a block takes in a tier: slots are whole pages."""
-        return -(-self.nbytes // _core.IO_ALIGNMENT) * int(_core.IO_ALIGNMENT)
+        return round_up(self.nbytes, ALIGNMENT)
 
     @property
     def itemsize(self) -> int:
@@ -112,21 +111,6 @@ class ExpertLayout:
                 for name, shape, dtype, offset in self.fields
             ],
         }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ExpertLayout:
-        """Rebuild a layout from `to_json`. Raises `StoreMismatchError` if it isn't one."""
-        try:
-            fields = tuple(
-                Field(name, tuple(shape), getattr(torch, dtype), offset)
-                for name, shape, dtype, offset in data["fields"]
-            )
-            return cls(int(data["num_experts"]), fields)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StoreMismatchError(
-                f"the store's metadata holds an expert layout this version can't read ({error}); "
-                "pack the checkpoint again into a new store"
-            ) from error
 
 
 def num_experts(module: nn.Module) -> int:
