@@ -104,6 +104,31 @@ def test_threads_whose_events_all_run_in_waves(store: Store, slots: int) -> None
         assert runtime.nbytes_used() == {"hbm": 0, "dram": 0}
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_hbm_shrinks_between_the_waves_of_an_event(store: Store, slots: int) -> None:
+    with Runtime(10 * SLOT) as runtime:
+        space = runtime.attach(store)
+        came = []
+        with space.begin(0, list(range(NUM_EXPERTS))) as reading:
+            for position, slot in reading:
+                assert np.array_equal(space.memory[slot : slot + NBYTES], content(0, position))
+                if not came:
+                    runtime.resize(hbm=slots * SLOT)
+                came.append(position)
+        assert sorted(came) == list(range(NUM_EXPERTS))
+        assert runtime.nbytes_used()["hbm"] <= slots * SLOT
+
+
+def test_hbm_shrinks_before_an_event_starts(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Runtime(2 * SLOT) as runtime:
+        space = runtime.attach(store)
+        planned = iter([NUM_EXPERTS])  # as it was before a shrink that came in between
+        wave_size = space._wave_size
+        monkeypatch.setattr(space, "_wave_size", lambda *args: next(planned, wave_size(*args)))
+        read(space, 0, list(range(NUM_EXPERTS)))
+        read(space, 0, [])
+
+
 def test_a_body_that_fails_releases_its_waves(store: Store) -> None:
     with Runtime(4 * SLOT) as runtime:
         space = runtime.attach(store)

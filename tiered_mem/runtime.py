@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from tiered_mem.errors import (
     BudgetError,
     ChecksumError,
     ConfigError,
+    EventTooLargeError,
     RuntimeClosedError,
     TieredMemError,
 )
@@ -311,6 +312,13 @@ class Space:
         self._repair(key, self.memory[slot : slot + self._nbytes[layer]])
 
 
+class _Wave(NamedTuple):
+    """A part of an event that holds its slots, and its blocks' positions in the event."""
+
+    event: Any
+    positions: Sequence[int]
+
+
 class Reading:
     """An event under way: iterate over it to get (position, slot) as the blocks arrive.
 
@@ -322,7 +330,7 @@ class Reading:
     than HBM has slots runs in waves, present blocks first, the next wave loading meanwhile.
     """
 
-    __slots__ = ("_ahead", "_event", "_indices", "_keys", "_layer", "_space", "_stream", "_waves")
+    __slots__ = ("_ahead", "_current", "_indices", "_keys", "_layer", "_space", "_stream", "_waves")
 
     def __init__(self, space: Space, layer: int, indices: Sequence[int]) -> None:
         self._space = space
@@ -330,51 +338,66 @@ class Reading:
         self._indices = indices
         self._keys = space._keys(layer, indices)
         self._stream = threading.get_ident()
-        self._waves = self._plan(space._wave_size(layer, len(indices)))
-        self._ahead: Any = None
-        self._event = self._acquire(self._waves[0])
+        # The positions of each wave that hasn't started.
+        self._waves = self._plan(range(len(indices)))
+        self._ahead: _Wave | None = None
+        self._current = self._start()
 
     def __enter__(self) -> Reading:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for event in (self._event, self._ahead):
-            if event is not None:
-                event.release()
-        self._event = self._ahead = None
+        for wave in (self._current, self._ahead):
+            if wave is not None:
+                wave.event.release()
+        self._current = self._ahead = None
 
-    def _plan(self, size: int) -> list[list[int] | None]:
-        """Return the positions of each wave; None stands for all of them."""
-        num_blocks = len(self._keys)
-        if size >= num_blocks:
-            return [None]
+    def _plan(self, positions: Sequence[int], most: int | None = None) -> list[Sequence[int]]:
+        """Cut `positions` into waves of at most `most` blocks."""
+        size = self._space._wave_size(self._layer, len(positions))
+        if most is not None:
+            size = min(size, most)
+        if size >= len(positions):
+            return [positions]
         # Hints are judged by the whole event, not by its first wave.
-        self._space._tiers.announce(self._keys, self._stream)
-        present = self._space._tiers.present
-        order = sorted(range(num_blocks), key=lambda p: not present(int(self._keys[p])))
-        return [order[i : i + size] for i in range(0, num_blocks, size)]
+        present = self._space._tiers.announce(self._keys, self._stream)
+        order = sorted(positions, key=lambda position: not present[position])
+        return [order[i : i + size] for i in range(0, len(order), size)]
 
-    def _acquire(self, wave: list[int] | None, wait: bool = True) -> Any:
-        keys = self._keys if wave is None else self._keys[wave]
-        try:
-            return self._space._tiers.acquire(keys, self._stream, wait)
-        except ConfigError:
-            if self._space._closed:  # since by another thread: the core has forgotten the blocks
-                raise RuntimeClosedError(_GIVEN_BACK) from None
-            raise
+    def _start(self, wait: bool = True) -> _Wave | None:
+        """Start the next wave; None if it had to wait for slots and mustn't, or there is none."""
+        while self._waves:
+            positions = self._waves[0]
+            whole = isinstance(positions, range)
+            keys = self._keys if whole else self._keys[positions]
+            try:
+                event = self._space._tiers.acquire(keys, self._stream, wait)
+            except EventTooLargeError:
+                # HBM has shrunk since the waves were planned.
+                if len(positions) == 1:
+                    raise
+                left = [position for wave in self._waves for position in wave]
+                self._waves = self._plan(left, most=len(positions) // 2)
+                continue
+            except ConfigError:
+                if self._space._closed:  # since by another thread: the core forgot the blocks
+                    raise RuntimeClosedError(_GIVEN_BACK) from None
+                raise
+            if event is None:
+                return None
+            del self._waves[0]
+            return _Wave(event, positions)
+        return None
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        waves = self._waves
-        for number, wave in enumerate(waves):
-            if self._event is None:
-                self._event = self._acquire(wave)
+        while self._current is not None:
             # Without waiting: whoever waits for slots must hold none.
-            following = waves[number + 1] if number + 1 < len(waves) else None
-            self._ahead = self._acquire(following, wait=False) if following else None
-            positions = range(len(self._keys)) if wave is None else wave
-            yield from self._drain(self._event, positions)
-            self._event.release()
-            self._event, self._ahead = self._ahead, None
+            self._ahead = self._start(wait=False)
+            yield from self._drain(*self._current)
+            self._current.event.release()
+            self._current, self._ahead = self._ahead, None
+            if self._current is None:
+                self._current = self._start()
 
     def _drain(self, event: Any, positions: Sequence[int]) -> Iterator[tuple[int, int]]:
         slots = event.slots
