@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import resource
 import threading
 import weakref
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from tiered_mem.errors import (
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.memory_watch import MemoryWatch, shrink_to_fit
 from tiered_mem.runtime import Runtime, Space
+from tiered_mem.snapshot import Snapshot
 from tiered_mem.stats import Stats
 from tiered_mem.store import Store
 
@@ -153,15 +155,56 @@ def test_filling_takes_both_tiers(store: Store) -> None:
         keys = [BlockKey(Kind.EXPERT, 0, index) for index in range(NUM_EXPERTS)]
         space.fill(keys, lambda done, total: seen.append((done, total)))
         assert seen[-1][0] == seen[-1][1]
+        assert len(seen) == 10 and seen[-1][0] == 10 * NBYTES
         assert runtime.nbytes_used()["hbm"] == 6 * SLOT
+        space.close()
+        assert runtime.nbytes_used() == {"hbm": 0, "dram": 0}
 
-        def interrupt(done: int, total: int) -> None:
-            raise KeyboardInterrupt
 
+def test_filling_goes_by_slots_and_leaves_others_theirs(store: Store) -> None:
+    keys = [BlockKey(Kind.EXPERT, 0, index) for index in range(NUM_EXPERTS)]
+    with Runtime(8 * SLOT) as runtime:
+        other, space = runtime.attach(store), runtime.attach(store)
+        read(other, 0, [0, 1, 2])
+        read(space, 0, [1])
+        space.fill(keys)
+        assert runtime.stats().num_nvme_reads == 8
+        assert all(other.resident(0, index) for index in (0, 1, 2))
+        assert [index for index in range(NUM_EXPERTS) if space.resident(0, index)] == [
+            0,
+            1,
+            2,
+            3,
+            4,
+        ]
+        space.fill(keys)
+        assert runtime.stats().num_nvme_reads == 8
+
+
+def test_an_interrupted_filling(store: Store) -> None:
+    keys = [BlockKey(Kind.EXPERT, 0, index) for index in range(NUM_EXPERTS)]
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with Runtime(6 * SLOT, 4 * SLOT) as runtime:
+        space = runtime.attach(store)
         with pytest.raises(KeyboardInterrupt):
             space.fill(keys, interrupt)
         space.close()
         assert runtime.nbytes_used() == {"hbm": 0, "dram": 0}
+
+
+def test_a_damaged_entry_says_what_mends_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ChecksumError("expert 3 of layer 1: its entry is damaged")
+
+    monkeypatch.setattr(Snapshot, "_parse", fail)
+    with (
+        Runtime(4 * SLOT) as runtime,
+        pytest.raises(ChecksumError, match=r"damaged; tiered-mem verify .* --repair"),
+    ):
+        runtime.attach(store)
 
 
 def test_a_block_without_its_source(store: Store, tmp_path: Path) -> None:
@@ -169,12 +212,12 @@ def test_a_block_without_its_source(store: Store, tmp_path: Path) -> None:
         space = runtime.attach(store)
         with pytest.raises(ConfigError, match="layer 7"):
             space.begin(7, [0])
-        with pytest.raises(ConfigError, match="unknown"):
-            space.begin(0, [NUM_EXPERTS])
+        for unknown in (NUM_EXPERTS, -1, 1 << 16, 1 << 32, 1 << 64):
+            for use in (space.begin, space.hint):
+                with pytest.raises(ConfigError, match=f"block {unknown} of layer 1 is unknown"):
+                    use(1, [0, unknown])
         with pytest.raises(ConfigError, match="twice"):
             space.begin(0, [1, 1])
-        with pytest.raises(ConfigError, match="unknown"):
-            space.hint(0, [NUM_EXPERTS])
         with pytest.raises(ChecksumError, match="expert 3 of layer 1 has no source"):
             space._mend(1, 3, 0, ChecksumError("damaged"))
 
@@ -274,6 +317,25 @@ def test_runtimes_that_cant_be_had(arguments: Any, options: Any) -> None:
     with pytest.raises(ConfigError):
         Runtime(*arguments, **options)
     wait_until(lambda: num_threads() <= before)
+
+
+def test_where_address_space_is_short(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    room = psutil.Process().memory_info().vms + (2 << 30)  # for threads
+    resource.setrlimit(resource.RLIMIT_AS, (room, limits[1]))
+    try:
+        runtime = Runtime(4 * SLOT, 2 * SLOT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    with runtime:
+        assert len(caplog.messages) == 1 and "can't grow" in caplog.text
+        space = runtime.attach(store)
+        read(space, 0, list(range(NUM_EXPERTS)))
+        with pytest.raises(BudgetError, match="reserved"):
+            runtime.resize(hbm=5 * SLOT)
+        assert runtime.budgets == Budgets(4 * SLOT, 2 * SLOT)
+        runtime.resize(hbm=3 * SLOT)
+        read(space, 0, list(range(NUM_EXPERTS)))
 
 
 def test_links_that_dont_exist() -> None:

@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,16 +73,7 @@ class Runtime:
         # Re-entrant: the garbage collector may close a model in the middle of anything.
         self._lock = threading.RLock()
         self._spaces: dict[int, Space] = {}
-        # Address space is reserved for growth; memory is taken only as blocks arrive.
-        total = psutil.virtual_memory().total
-        self._tiers = _core.Tiers(
-            hbm=budgets.hbm,
-            dram=budgets.dram,
-            hbm_reserved=total,
-            dram_reserved=total,
-            eviction=eviction,
-            num_io_threads=num_io_threads,
-        )
+        self._tiers = _make_tiers(budgets, eviction, num_io_threads)
         self._watch = MemoryWatch(self) if budgets.auto_hbm or budgets.auto_dram else None
 
     @property
@@ -109,7 +101,7 @@ class Runtime:
         """Change budgets, in bytes. A shrink that pins hold up goes on as they end.
 
         Raises `BudgetError` as for a new runtime, or if HBM couldn't hold a single block of a model
-        on it; `RuntimeClosedError`.
+        on it, or if address space for growth couldn't be reserved; `RuntimeClosedError`.
         """
         with self._lock:
             before = self._budgets
@@ -171,6 +163,24 @@ class Runtime:
         raise TieredMemError("a runtime can't be pickled or copied: it is memory and threads")
 
 
+def _make_tiers(budgets: Budgets, eviction: str, num_io_threads: int) -> _core.Tiers:
+    make = partial(
+        _core.Tiers,
+        hbm=budgets.hbm,
+        dram=budgets.dram,
+        eviction=eviction,
+        num_io_threads=num_io_threads,
+    )
+    # Address space is reserved for growth; memory is taken only as blocks arrive.
+    total = psutil.virtual_memory().total
+    try:
+        return make(hbm_reserved=total, dram_reserved=total)
+    except BudgetError as error:  # ulimit -v, or a kernel that counts what is reserved
+        tiers = make(hbm_reserved=budgets.hbm, dram_reserved=budgets.dram)
+        logger.warning("%s; the budgets alone can be had, but can't grow", error)
+        return tiers
+
+
 class Space:
     """One model's blocks on a runtime. Made by `Runtime.attach`; safe to share between threads."""
 
@@ -183,6 +193,7 @@ class Space:
         # Places are right as long as this read transaction is open.
         self._snapshot = store.snapshot()
         self._nbytes: dict[int, int] = {}
+        self._num_blocks: dict[int, int] = {}
         self._bases: dict[int, np.uint64] = {}
         self._closed = False
         try:
@@ -195,13 +206,20 @@ class Space:
     def _add_blocks(self) -> None:
         packed = self._snapshot.keys()
         keys = [BlockKey.unpack(int(key)) for key in packed]
-        for key in keys:
+        try:
+            extents = self._snapshot.extents(keys)
+        except ChecksumError as error:
+            raise ChecksumError(
+                f"{error}; tiered-mem verify {self._store.path} --repair CHECKPOINT mends the store"
+            ) from error
+        for key, extent in zip(keys, extents, strict=True):
+            self._num_blocks[key.layer] = max(self._num_blocks.get(key.layer, 0), key.index + 1)
             if key.layer not in self._nbytes:
-                self._nbytes[key.layer] = self._snapshot.nbytes(key)
+                self._nbytes[key.layer] = extent.nbytes
                 base = BlockKey(key.kind, key.layer, 0, self._number).pack()
                 self._bases[key.layer] = np.uint64(base)
         named = np.array([key._replace(space=self._number).pack() for key in keys], np.uint64)
-        self._tiers.add_blocks(named, self._snapshot.extents(keys))
+        self._tiers.add_blocks(named, extents)
         layers = np.array([key.layer for key in keys])
         self._layers = {layer: named[layers == layer] for layer in self._nbytes}
         self.largest_slot = round_up(max(self._nbytes.values(), default=0), ALIGNMENT)
@@ -252,18 +270,18 @@ class Space:
     ) -> None:
         """Read blocks ahead of any event, in order, until HBM and DRAM are full.
 
-        `progress` is called with (bytes done, bytes in all).
+        What is there already stays. `progress` is called with (bytes done, bytes in all).
         """
-        budgets = self.runtime.budgets
-        room = [budgets.dram, budgets.hbm]
+        budgets, used = self.runtime.budgets, self.runtime.nbytes_used()
+        room = [budgets.dram - used["dram"], budgets.hbm - used["hbm"]]
         chosen: dict[int, list[int]] = {}
         total = 0
         for key in keys:
-            nbytes = self._nbytes[key.layer]
-            tier = next((t for t in (0, 1) if room[t] >= nbytes), None)
-            if tier is not None:
-                room[tier] -= nbytes
-                total += nbytes
+            slot_nbytes = round_up(self._nbytes[key.layer], ALIGNMENT)
+            tier = next((t for t in (0, 1) if room[t] >= slot_nbytes), None)
+            if tier is not None and not self.resident(key.layer, key.index):
+                room[tier] -= slot_nbytes
+                total += self._nbytes[key.layer]
                 chosen.setdefault(key.layer, []).append(key.index)
         done = 0
         # What comes first is pushed out of HBM into DRAM by what follows.
@@ -292,6 +310,13 @@ class Space:
             base = self._bases[layer]
         except KeyError:
             raise ConfigError(f"layer {layer} has no blocks in {self._store.path}") from None
+        # An id out of range would name a block of another layer.
+        if len(indices) and not 0 <= min(indices) <= max(indices) < self._num_blocks[layer]:
+            unknown = next(i for i in indices if not 0 <= i < self._num_blocks[layer])
+            raise ConfigError(
+                f"block {unknown} of layer {layer} is unknown: there are 0 to "
+                f"{self._num_blocks[layer] - 1}"
+            )
         return np.array(indices, np.uint64) | base
 
     def _wave_size(self, layer: int, num_blocks: int) -> int:
