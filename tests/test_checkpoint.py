@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 import torch
 import transformers
 from checkpoints import assert_same_experts
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tiered_mem.errors import CheckpointError, UnsupportedModelError
+from tiered_mem.hf import tensor_file
 from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.hf.layout import ExpertLayout
 from tiered_mem.hf.tensor_file import TensorFile
@@ -180,6 +182,39 @@ def test_the_fingerprint_names_the_weights_not_the_place(tmp_path: Path) -> None
     assert Checkpoint.open(moved).fingerprint == fingerprint
     assert Checkpoint.open(first, dtype=torch.bfloat16).fingerprint == fingerprint
     assert Checkpoint.open(other).fingerprint != fingerprint  # equal headers, other weights
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])  # a tensor per expert; one for all
+def test_the_fingerprint_tells_when_a_single_expert_changed(name: str, tmp_path: Path) -> None:
+    folder = checkpoints.save(name, tmp_path)
+    opened = Checkpoint.open(folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    seen = {opened.fingerprint}
+    changed = random.Random(0).sample(sorted(opened.expert_keys), 6)
+    for key in changed:
+        piece = tensors[key][-1] if name == "gpt_oss" else tensors[key]
+        piece += 1
+        save_file(tensors, path, metadata={"format": "pt"})
+        seen.add(Checkpoint.open(folder).fingerprint)
+        piece -= 1
+    assert len(seen) == len(changed) + 1
+
+
+def test_the_fingerprint_reads_no_more_than_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_file, "_MAX_SAMPLES", 5)
+    reads: list[int] = []
+    read_into = tensor_file.TensorFile._read_into
+
+    def count(self: tensor_file.TensorFile, out: memoryview, offset: int) -> None:
+        reads.append(len(out))
+        read_into(self, out, offset)
+
+    monkeypatch.setattr(tensor_file.TensorFile, "_read_into", count)
+    Checkpoint.open(checkpoints.save("qwen3_moe", tmp_path))
+    assert 3 <= len(reads) <= 5 and max(reads) <= 4096
 
 
 # --- layout ---

@@ -170,17 +170,22 @@ class Checkpoint:
         return self._where[key].read(key, begin, end)
 
     def _fingerprint(self) -> str:
-        """Name what the blocks are made of: model type, recipes, file headers, samples of pages.
+        """Name what the blocks are made of: model type, recipes, file headers, a page per expert.
 
         The dtype is no part of it: it is compared by itself, and told apart in the message. Nor is
         the config: what of it touches the experts shows in the recipes and layouts.
         """
         digest = hashlib.sha256(self.model_type.encode())
+        pieces: dict[str, int] = {}
         for layer in self._layers:
             for recipe in layer.recipes:
                 digest.update(recipe.describe().encode())
+                for keys in recipe.sources.values():
+                    # One tensor of all experts, or a tensor for each.
+                    fused = recipe.by_expert and len(keys) == 1
+                    pieces |= dict.fromkeys(keys, layer.num_experts if fused else 1)
         for file in self._files:
-            file.add_to_digest(digest)
+            file.add_to_digest(digest, {k: pieces[k] for k in file.tensors if k in pieces})
         return digest.hexdigest()
 
 

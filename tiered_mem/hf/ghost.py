@@ -14,17 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import nn
 
-# The names under which routers and blocks keep how many experts a token uses.
-_TOP_K_NAMES = (
-    "top_k",
-    "topk",
-    "moe_topk",
-    "moe_k",
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "top_k_experts",
-)
-
+from tiered_mem.hf.top_k import TOP_K_NAMES
 
 Extra = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with beside its hidden states: positional and keyword arguments."""
@@ -201,7 +191,7 @@ def _shadow(module: nn.Module, replace: dict[str, nn.Module] | None = None) -> n
 
 
 def _replace_top_k(attributes: dict[str, Any], k: int, wide: int) -> None:
-    for name in _TOP_K_NAMES:
+    for name in TOP_K_NAMES:
         if attributes.get(name) == k:
             attributes[name] = wide
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ _DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 _MAX_HEADER = 100_000_000  # the format's own limit
-_SAMPLES = 64  # pages hashed per file for the fingerprint
+_MAX_SAMPLES = 4096  # pages hashed per file for the fingerprint: a third of a second at worst
 _PAGE = 4096
 
 
@@ -51,6 +52,10 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +101,7 @@ class TensorFile:
         """
         info = self.tensors[name]
         shape = info.shape
-        start, nbytes = info.begin, info.end - info.begin
+        start, nbytes = info.begin, info.nbytes
         if end is not None:
             row = nbytes // shape[0]
             start, nbytes = start + begin * row, (end - begin) * row
@@ -105,18 +110,21 @@ class TensorFile:
         self._read_into(data.numpy().data, start)
         return data.view(info.dtype).view(shape)
 
-    def add_to_digest(self, digest: hashlib._Hash) -> None:
-        """Hash the header and a fixed sample of pages.
+    def add_to_digest(self, digest: hashlib._Hash, pieces: Mapping[str, int]) -> None:
+        """Hash the header, which fixes the size, and a page from the middle of each piece.
 
-        The samples tell apart checkpoints of one architecture (a base model and its fine-tune have
-        equal headers) without reading the file whole.
+        `pieces` says into how many equal pieces to take a tensor. The pages tell apart checkpoints
+        of one architecture (a base model and its fine-tune have equal headers) without reading the
+        file whole. Of more than _MAX_SAMPLES pieces, every second (third, ...) is looked at.
         """
         digest.update(self._header)
-        span = self._nbytes - self._data
-        for sample in range(_SAMPLES):
-            page = bytearray(min(_PAGE, span))
-            offset = self._data + (span - len(page)) * sample // (_SAMPLES - 1)
-            self._read_into(memoryview(page), offset)
+        spans = []
+        for name, count in pieces.items():
+            begin, nbytes = self.tensors[name].begin, self.tensors[name].nbytes // count
+            spans += [(begin + i * nbytes, nbytes) for i in range(count)]
+        for begin, nbytes in spans[:: -(-len(spans) // _MAX_SAMPLES) or 1]:
+            page = bytearray(min(_PAGE, nbytes))
+            self._read_into(memoryview(page), begin + (nbytes - len(page)) // 2)
             digest.update(page)
 
     def close(self) -> None:
