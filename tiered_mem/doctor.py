@@ -1,7 +1,7 @@
 """What a machine offers the tiers (memory, links, filesystem, budgets), and how a store is.
 
-The links are measured the way the runtime uses them: reads go through its own reader, checksums
-included, copies from host memory to host memory.
+The way from NVMe to HBM is measured through the runtime's own transfer engine, checksums included.
+The others are what the machine does: copies in host memory, writes as a pack's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,13 @@ import psutil
 from tiered_mem import _core
 from tiered_mem.config import WorkingSet, format_size, memory_to_spare
 from tiered_mem.errors import ConfigError, StoreError, StoreFullError
-from tiered_mem.keys import BlockKey, Kind
+from tiered_mem.keys import BlockKey, KeyArray, Kind
 from tiered_mem.store import Store
 
 PROBE_NBYTES = 256 << 20
 _BLOCK_NBYTES = 4 << 20
-_NUM_READERS = 4
+_EVENT_BLOCKS = 8
+_NUM_IO_THREADS = 4
 _LOCK_NBYTES = 64 << 20
 
 
@@ -86,13 +86,6 @@ class Advice:
     hbm: str
     dram: str
     why: str
-
-
-def find_devices() -> list[str]:
-    """Return the names of the CUDA devices that torch sees."""
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def examine_memory() -> Memory:
@@ -152,22 +145,9 @@ def measure_links(
         yield _measure_write(file, block, num_blocks)
         extents = _extents(file, block, num_blocks)
         method = "O_DIRECT read" if file.direct else "read through the page cache"
-        for num_readers in (1, _NUM_READERS):
-            rate = _measure_read(extents, num_readers)
-            readers = "1 reader" if num_readers == 1 else f"{num_readers} readers"
-            yield Link("NVMe to HBM", f"{method}, {readers}", rate)
-
-
-def examine_checkpoint(path_or_id: str | os.PathLike[str]) -> WorkingSet:
-    """Return what a checkpoint asks of the budgets, from its config and file headers.
-
-    Raises what `Checkpoint.open` raises.
-    """
-    from tiered_mem.hf.checkpoint import Checkpoint
-    from tiered_mem.hf.working_set import working_set
-
-    with Checkpoint.open(path_or_id) as checkpoint:
-        return working_set(checkpoint.layouts, checkpoint.config)
+        for num_threads in (1, _NUM_IO_THREADS):
+            threads = "1 I/O thread" if num_threads == 1 else f"{num_threads} I/O threads"
+            yield Link("NVMe to HBM", f"{method}, {threads}", _measure_read(extents, num_threads))
 
 
 def examine_store(
@@ -297,16 +277,29 @@ def _extents(file: _core.File, block: memoryview, num_blocks: int) -> list[_core
     return [_core.Extent(file, 0, block.nbytes, i * block.nbytes, table) for i in range(num_blocks)]
 
 
-def _measure_read(extents: list[_core.Extent], num_readers: int) -> float:
-    """Read all blocks once, in random order, each reader its share."""
-    order = np.random.default_rng(0).permutation(len(extents))
+def _measure_read(extents: list[_core.Extent], num_io_threads: int) -> float:
+    """Acquire all blocks once, in random order, in events of some, through an HBM of one event."""
+    keys = np.array([BlockKey(Kind.EXPERT, 0, i).pack() for i in range(len(extents))], np.uint64)
+    hbm_nbytes = _EVENT_BLOCKS * _BLOCK_NBYTES
+    tiers = _core.Tiers(hbm=hbm_nbytes, dram=0, num_io_threads=num_io_threads)
+    try:
+        tiers.add_blocks(keys, extents)
+        order = np.random.default_rng(0).permutation(keys)
+        started = time.perf_counter()
+        for first in range(0, len(order), _EVENT_BLOCKS):
+            _acquire(tiers, order[first : first + _EVENT_BLOCKS])
+        return len(extents) * _BLOCK_NBYTES / (time.perf_counter() - started)
+    finally:
+        tiers.close()
 
-    def read(first: int) -> None:
-        out = _page_aligned(_BLOCK_NBYTES)
-        for i in order[first::num_readers]:
-            _core.read_block(extents[i], out)
 
-    started = time.perf_counter()
-    with ThreadPoolExecutor(num_readers) as pool:
-        list(pool.map(read, range(num_readers)))
-    return len(extents) * _BLOCK_NBYTES / (time.perf_counter() - started)
+def _acquire(tiers: _core.Tiers, keys: KeyArray) -> None:
+    event = tiers.acquire(keys)
+    try:
+        ready, failed = event.wait_any()
+        while ready or failed:
+            for _, error in failed:
+                raise error
+            ready, failed = event.wait_any()
+    finally:
+        event.release()

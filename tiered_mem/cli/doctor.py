@@ -30,8 +30,8 @@ def doctor(
     from tiered_mem.config import parse_size
 
     nbytes = parse_size(size)
-    working_set = library.examine_checkpoint(checkpoint) if checkpoint else None
-    devices = library.find_devices()
+    working_set = _examine(checkpoint) if checkpoint else None
+    devices = _find_devices()
     memory = library.examine_memory()
     filesystem = library.examine_filesystem(directory)
     with output.status("measuring", hidden=as_json):
@@ -52,6 +52,19 @@ def doctor(
     _print_tiers(devices, memory, filesystem)
     _print_links(links)
     _print_advice(working_set, advice)
+
+
+def _examine(checkpoint: str) -> WorkingSet:
+    from tiered_mem.hf.working_set import examine_checkpoint
+
+    return examine_checkpoint(checkpoint)
+
+
+def _find_devices() -> list[str]:
+    """Return the names of the CUDA devices that torch sees."""
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def _print_tiers(devices: list[str], memory: Memory, filesystem: Filesystem) -> None:
