@@ -270,8 +270,11 @@ class Space:
     ) -> None:
         """Read blocks ahead of any event, in order, until HBM and DRAM are full.
 
-        What is there already stays. `progress` is called with (bytes done, bytes in all).
+        What is there already stays. `progress` is called with (bytes done, bytes in all). Raises
+        `RuntimeClosedError`, `TransferError`, `ChecksumError`.
         """
+        if self.closed:
+            raise RuntimeClosedError(_GIVEN_BACK)
         budgets, used = self.runtime.budgets, self.runtime.nbytes_used()
         room = [budgets.dram - used["dram"], budgets.hbm - used["hbm"]]
         chosen: dict[int, list[int]] = {}
