@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiered_mem
 from tiered_mem import environment
-from tiered_mem.config import BudgetWarning
+from tiered_mem.config import Budgets, BudgetWarning
 from tiered_mem.errors import (
     BudgetError,
     CheckpointError,
@@ -33,6 +33,7 @@ from tiered_mem.errors import (
     UnsupportedModelError,
 )
 from tiered_mem.hf import pack as packing
+from tiered_mem.hf.device import require_host_device_map, warn_of_unused_gpu
 from tiered_mem.runtime import Runtime
 
 pytestmark = pytest.mark.filterwarnings("ignore::tiered_mem.BudgetWarning")
@@ -126,6 +127,73 @@ def test_a_budget_below_one_tokens_cycle_warns_with_the_size(saved: Saved) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error", BudgetWarning)
         saved.load(hbm=cycle).tiered_mem.close()
+
+
+def test_auto_is_checked_again_once_the_weights_are_there(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = saved.slot_nbytes
+    resolve, left = Budgets.resolve, iter([0, 0])
+
+    def resolve_auto(hbm: Any, dram: Any, *, whole: int) -> Budgets:
+        return resolve(next(left), 0, whole=whole) if hbm == "auto" else resolve(hbm, dram, whole=0)
+
+    monkeypatch.setattr(Budgets, "resolve", resolve_auto)
+    left = iter([24 * slot, 2 * slot - 1])
+    with pytest.raises(BudgetError, match=f"{2 * slot} bytes"):
+        saved.load(nvme=tmp_path / "store", hbm="auto")
+    assert open_files(tmp_path) == []
+    for budgets in ([24 * slot, 2 * slot], [3 * slot, 2 * slot]):
+        left = iter(budgets)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", BudgetWarning)
+            saved.load(nvme=tmp_path / "store", hbm="auto").tiered_mem.close()
+        assert len([w for w in caught if w.category is BudgetWarning]) == 1
+
+
+# --- devices ---
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    ["cuda", "cuda:1", "meta", 0, torch.device("cuda"), {"model": "cpu", "lm_head": "disk"}],
+    ids=str,
+)
+def test_weights_on_another_device(saved: Saved, device_map: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="host memory only"):
+        saved.load(nvme=tmp_path / "store", device_map=device_map)
+    assert not (tmp_path / "store").exists()
+
+
+def test_weights_on_the_host(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    for device_map in ("auto", "cpu", torch.device("cpu"), {"": "cpu"}):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        require_host_device_map(device_map)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        with pytest.raises(ConfigError, match="'auto'"):
+            require_host_device_map("auto")
+    with torch.device("meta"), pytest.raises(ConfigError, match="'meta'"):
+        require_host_device_map(None)
+    with saved.on_tiers(device_map="cpu") as model:
+        assert torch.equal(generate(model, prompt()), generate(saved.model, prompt()))
+
+
+def test_a_model_on_another_device(tmp_path: Path) -> None:
+    model = families.build("qwen3_moe")[0]
+    model.lm_head.to("meta")
+    with pytest.raises(ConfigError, match=r"lm_head.weight is on 'meta'.*to\('cpu'\)"):
+        tiered_mem.offload(model, hbm="50%", nvme=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_gpu_that_isnt_used_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    warn_of_unused_gpu.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="no CUDA backend") as caught:
+        for _ in range(2):
+            warn_of_unused_gpu()
+    assert len(caught) == 1
 
 
 # --- checkpoints ---

@@ -147,7 +147,7 @@ class Budgets:
             )
         return cls(hbm_nbytes, dram_nbytes, auto_hbm, auto_dram)
 
-    def check(self, needs: WorkingSet, eviction: str) -> None:
+    def check(self, needs: WorkingSet, eviction: str, *, warn: bool = True) -> None:
         """Raise `BudgetError` if HBM can't hold one event of one token. Warn below its cycle."""
         if self.hbm < needs.event_nbytes:
             raise BudgetError(
@@ -155,7 +155,7 @@ class Budgets:
                 f"{format_size(needs.event_nbytes)} ({needs.event_nbytes} bytes) of experts at "
                 "once; give at least that"
             )
-        if self.hbm < needs.cycle_nbytes and not eviction.startswith("per-layer("):
+        if warn and self.hbm < needs.cycle_nbytes and not eviction.startswith("per-layer("):
             warnings.warn(
                 f"hbm is {format_size(self.hbm)}, below one token's cycle of "
                 f"{format_size(needs.cycle_nbytes)} ({needs.cycle_nbytes} bytes: top-k experts of "

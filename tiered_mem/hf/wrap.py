@@ -27,6 +27,7 @@ from tiered_mem.errors import (
 )
 from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.hf.detect import require_experts
+from tiered_mem.hf.device import require_host_device_map, require_host_model, warn_of_unused_gpu
 from tiered_mem.hf.experts import IMPLEMENTATIONS
 from tiered_mem.hf.handle import Progress, TieredModel, put_back
 from tiered_mem.hf.hollow import hollow_experts, hollow_model
@@ -74,7 +75,7 @@ def from_pretrained(
         **hf_kwargs: What `from_pretrained` of transformers takes.
 
     Raises:
-        ConfigError, BudgetError: options that can't be used.
+        ConfigError, BudgetError: options that can't be used, a device other than the CPU.
         UnsupportedModelError: not a Mixture of Experts, or not behind transformers' interface.
         CheckpointError: files missing, truncated or not fitting the model.
         StoreError: the store can't be used, or is another checkpoint's (`StoreMismatchError`).
@@ -82,6 +83,8 @@ def from_pretrained(
     _check_options(prefetch, eviction, codec, hbm, dram, runtime)
     stock = hf_kwargs.pop("experts_implementation", None)
     implementation = _implementation(stock)
+    require_host_device_map(hf_kwargs.get("device_map"))
+    warn_of_unused_gpu()
     path = str(path_or_id)
     with ExitStack() as undo:
         checkpoint = _open_checkpoint(path, model_class, hf_kwargs)
@@ -99,7 +102,9 @@ def from_pretrained(
                 path, experts_implementation=implementation, **hf_kwargs
             )
         if runtime is None:  # "auto" again, now that the other weights have taken their part
+            had_cycle = budgets.hbm >= needs.cycle_nbytes
             budgets = _budgets(hbm, dram, None, needs)
+            budgets.check(needs, policy, warn=had_cycle)
         _wrap(model, layouts, store, checkpoint, budgets, runtime, policy, prefetch, stock, undo)
     return model
 
@@ -130,6 +135,8 @@ def offload(
     _check_options(prefetch, eviction, codec, hbm, dram, runtime)
     before = model.config._experts_implementation
     implementation = _implementation(before)
+    require_host_model(model)
+    warn_of_unused_gpu()
     with ExitStack() as undo:
         by_layer = {e.layer: ExpertLayout.of_module(e.module) for e in require_experts(model)}
         layouts = [by_layer[layer] for layer in sorted(by_layer)]
