@@ -159,6 +159,18 @@ OUTSIDE: dict[str, dict[str, Any]] = {
     "switch_transformers": {"d_model": 32, "d_ff": 16, "d_kv": 8, "num_layers": 2},
 }
 
+# How each of them runs its experts instead.
+WHY_OUTSIDE = {
+    "dbrx": "a loop of its own cuts each expert's rows out of one matrix of all",
+    "doge": "its experts are single rows of embedding tables, looked up by product keys",
+    "jetmoe": "a loop of its own runs every expert, chosen or not; attention has experts too",
+    "llama4": "every expert computes every token (one batched matmul), so none can be absent",
+    "longcat_flash": "a loop of its own, in which some experts are the identity without weights",
+    "nllb_moe": "a dictionary of one module per expert, called one by one",
+    "step3p7": "a loop of its own over the fused weights, never handed to the interface",
+    "switch_transformers": "a dictionary of one module per expert, called one by one",
+}
+
 # What a family needs beyond TINY in its text config.
 SPECIAL: dict[str, dict[str, Any]] = OUTSIDE | {
     "bailing_hybrid": _HYBRID,

@@ -29,7 +29,7 @@ def run_smoke(script: Path, tmp_path: Path) -> dict[str, Any]:
 
 def test_all_are_found() -> None:
     names = {script.stem for script in SCRIPTS}
-    assert names >= {"bench_store", "bench_decode", "bench_overhead"}
+    assert names == set(CHECKS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -37,7 +37,7 @@ def test_smoke(script: Path, tmp_path: Path) -> None:
     results = run_smoke(script, tmp_path)
     machine = results["machine"]
     assert {"cpu", "cores", "kernel", "filesystem", "packages", "commit"} <= set(machine)
-    CHECKS.get(script.stem, lambda _: None)(results)
+    CHECKS[script.stem](results)
 
 
 def check_decode(results: dict[str, Any]) -> None:
@@ -68,4 +68,27 @@ def check_overhead(results: dict[str, Any]) -> None:
     assert summary["tiered_mem_to"]["tiered_mem"] == 1
 
 
-CHECKS = {"bench_decode": check_decode, "bench_overhead": check_overhead}
+def check_prefetch(results: dict[str, Any]) -> None:
+    summary = results["summary"]
+    shipped = {"none", "none again", "next-gate", "previous-token"}
+    assert set(summary) == shipped | {"oracle 0%", "oracle 100%"}
+    for name, figures in summary.items():
+        assert figures["ratio_to_none"] > 0 and figures["tokens_per_second"] > 0, name
+        assert 0 <= figures["prefetch_precision"] <= 1, name
+    assert summary["none"]["prefetched_per_token"] == 0
+    assert summary["oracle 0%"]["prefetch_recall"] < summary["oracle 100%"]["prefetch_recall"]
+
+
+def check_store(results: dict[str, Any]) -> None:
+    reads = results["reads"]
+    assert set(reads["store_to_raw"]) == {"1", "4"}
+    assert all(rate > 0 for rates in reads["mb_s"].values() for rate in rates)
+    assert results["codecs"]["stored_to_raw"]["zstd, byte planes"] < 0.8
+
+
+CHECKS = {
+    "bench_decode": check_decode,
+    "bench_overhead": check_overhead,
+    "bench_prefetch": check_prefetch,
+    "bench_store": check_store,
+}

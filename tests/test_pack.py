@@ -37,8 +37,8 @@ from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.hf.pack import block_keys, describe, open_packed, pack, require_match
 from tiered_mem.store import Store, allocate
 
-# `kill -9` of a pack at random moments: a few here, TIERED_MEM_KILLS=60 for an evening.
-NUM_KILLS = int(os.environ.get("TIERED_MEM_KILLS", "10"))
+# `kill -9` of a pack at random moments: fifty here; TIERED_MEM_KILLS=1000 for more.
+NUM_KILLS = int(os.environ.get("TIERED_MEM_KILLS", "50"))
 TRANSACTION_NBYTES = 200_000
 
 
