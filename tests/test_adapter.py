@@ -32,13 +32,16 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import tiered_mem
 from tiered_mem.errors import (
     AlreadyWrappedError,
+    ConfigError,
     RuntimeClosedError,
+    StoreBusyError,
     TieredMemError,
     UnsupportedModelError,
 )
 from tiered_mem.hf import handle, wrap
 from tiered_mem.hf.detect import find_experts
 from tiered_mem.runtime import Runtime
+from tiered_mem.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::tiered_mem.BudgetWarning")
 
@@ -311,6 +314,67 @@ def test_a_failed_offload_leaves_the_model_as_it_was(
         assert not hasattr(model, "tiered_mem") and list(temporary.iterdir()) == []
         assert torch.equal(families.logits(model, inputs), families.logits(saved.model, inputs))
     tiered_mem.offload(model, hbm="50%", nvme=temporary / "store").tiered_mem.close()
+
+
+def test_unwrapping_gives_every_tensor_its_kind_back(saved: Saved) -> None:
+    model, inputs = copy.deepcopy(saved.model), prompt()
+    frozen, buffered = [e.module for e in find_experts(model)[:2]]
+    frozen.down_proj.requires_grad_(False)
+    weight = buffered.down_proj.detach()
+    del buffered.down_proj
+    buffered.register_buffer("down_proj", weight.clone())
+    tiered_mem.offload(model, hbm="50%").tiered_mem.unwrap()
+    assert (frozen.down_proj.requires_grad, frozen.gate_up_proj.requires_grad) == (False, True)
+    assert list(buffered._parameters) == ["gate_up_proj"]
+    assert list(buffered._buffers) == ["down_proj"] and torch.equal(buffered.down_proj, weight)
+    assert torch.equal(families.logits(model, inputs), families.logits(saved.model, inputs))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failed_offload_removes_what_it_made(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, directory = families.build("qwen3_moe")[0], tmp_path / "store"
+    if there:
+        directory.mkdir()
+
+    def fail(*_: Any, **__: Any) -> None:
+        (directory / "notes.txt").write_text("mine")
+        raise OSError("no more")
+
+    monkeypatch.setattr(wrap.ExpertLayout, "copy_expert", fail)
+    with pytest.raises(OSError, match="no more"):
+        tiered_mem.offload(model, hbm="50%", nvme=directory)
+    assert [path.name for path in directory.iterdir()] == ["notes.txt"]
+    with pytest.raises(ConfigError, match="isn't empty"):
+        tiered_mem.offload(model, hbm="50%", nvme=directory)
+    with pytest.raises(ConfigError, match="is a file"):
+        tiered_mem.offload(model, hbm="50%", nvme=directory / "notes.txt")
+    (directory / "notes.txt").unlink()
+
+    monkeypatch.setattr(wrap.ExpertLayout, "copy_expert", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tiered_mem.offload(model, hbm="50%", nvme=directory)
+    assert list(directory.iterdir()) == []  # it was there
+
+
+def test_a_failed_offload_leaves_another_writers_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = families.build("qwen3_moe")[0], prompt()
+    expected = families.logits(model, inputs)
+    # As another process does right after the directory was found empty.
+    monkeypatch.setattr(wrap, "_require_empty", lambda _: None)
+    with Store.open(tmp_path / "store", mode="w") as other:
+        other.set_metadata({"mine": 1})
+        with pytest.raises(StoreBusyError):
+            tiered_mem.offload(model, hbm="50%", nvme=tmp_path / "store")
+        assert other.metadata == {"mine": 1}
+    with pytest.raises(StoreBusyError, match="another process"):
+        tiered_mem.offload(model, hbm="50%", nvme=tmp_path / "store")
+    with Store.open(tmp_path / "store") as other:
+        assert other.metadata == {"mine": 1}
+    assert torch.equal(families.logits(model, inputs), expected)
 
 
 def test_what_a_wrapped_model_refuses(saved: Saved, tmp_path: Path) -> None:

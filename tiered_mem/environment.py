@@ -27,6 +27,8 @@ from tiered_mem.errors import (
 FORMAT_VERSION = 1
 
 _DATA, _LOCK, _WRITER_LOCK = "data.mdb", "lock.mdb", "writer.lock"
+FILE_NAMES = (_DATA, _LOCK, _WRITER_LOCK)
+"""All that a store's directory holds."""
 _DATABASES = (b"catalogue", b"payload", b"meta")
 _FORMAT_KEY = b"format"
 _FORMAT = struct.Struct("<I")

@@ -17,6 +17,7 @@ from tiered_mem.errors import ChecksumError, RuntimeClosedError, TieredMemError
 from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.hf.detect import find_experts
 from tiered_mem.hf.experts import TieredExperts
+from tiered_mem.hf.hollow import Origin
 from tiered_mem.hf.layout import ExpertLayout
 from tiered_mem.hf.prefetch import RouterHooks
 from tiered_mem.keys import BlockKey, Kind
@@ -75,11 +76,6 @@ class TieredModel:
     def budgets(self) -> Budgets:
         return self.runtime.budgets
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all experts."""
-        return sum(layout.num_experts * layout.nbytes for layout in self.layouts)
-
     def stats(self) -> Stats:
         """Return the runtime's counts since the model was wrapped, or since `reset_stats`."""
         return self.runtime.stats() - self._baseline
@@ -116,7 +112,7 @@ class TieredModel:
         self._give_back()  # once, whoever comes first
 
     def unwrap(self) -> PreTrainedModel:
-        """Bring the experts back into memory as the stock model's parameters, and close.
+        """Bring the experts back into memory as the stock model's tensors, and close.
 
         A block that is damaged in the store is read from the checkpoint.
 
@@ -133,7 +129,12 @@ class TieredModel:
         del self.model.save_pretrained, self.model.__reduce_ex__, self.model.tiered_mem
         return self.model
 
-    def _read_layer(self, layer: int) -> dict[str, nn.Parameter]:
+    def _read_layer(self, layer: int) -> dict[str, torch.Tensor]:
+        origins: dict[str, Origin] = next(  # of modules that share a layer, any
+            module.tiered_origins  # type: ignore[misc]
+            for _, module, number in self._experts
+            if number == layer
+        )
         layout = self.layouts[layer]
         whole = {
             field.name: torch.empty(layout.num_experts, *field.shape, dtype=field.dtype)
@@ -152,8 +153,9 @@ class TieredModel:
                 for name, view in layout.views(torch.from_numpy(block)).items():
                     whole[name][index] = view
         return {
-            name: nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+            name: nn.Parameter(tensor, origin.requires_grad) if origin.is_parameter else tensor
             for name, tensor in whole.items()
+            for origin in [origins[name]]
         }
 
     def _hint(self, layer: int, ranked: Sequence[int], exact: bool) -> None:
@@ -174,7 +176,7 @@ def put_back(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
             module.register_parameter(name, tensor)
         else:
             module.register_buffer(name, tensor)
-    del module.tiered_layout, module.tiered_layer
+    del module.tiered_origins, module.tiered_layout, module.tiered_layer
 
 
 def _give_back(resources: ExitStack, process: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -25,7 +25,8 @@ def hollow_experts() -> Iterator[list[Checkpoint]]:
     """Load models without their experts: every `from_pretrained` of this thread inside the block.
 
     Such a model has all its other weights. Its Experts modules have no parameter, but a stand-in on
-    meta for each, their `ExpertLayout` as `tiered_layout` and their number as `tiered_layer`.
+    meta for each, their `ExpertLayout` as `tiered_layout`, their number as `tiered_layer` and the
+    `Origin` of each stand-in as `tiered_origins`.
     Expert tensors are neither allocated nor read. Yields the list of the checkpoints loaded so far,
     one for each model, to read experts from.
 
@@ -72,8 +73,17 @@ def hollow_model(model: PreTrainedModel) -> Iterator[tuple[ExpertsModule, Expert
         _hollow(experts.module, experts.layer, layout)
 
 
+class Origin(NamedTuple):
+    """What a tensor of an Experts module was before the module was hollowed."""
+
+    is_parameter: bool
+    requires_grad: bool
+
+
 def _hollow(module: nn.Module, layer: int, layout: ExpertLayout) -> None:
+    origins: dict[str, Origin] = {}
     for name, tensor in per_expert_tensors(module).items():
+        origins[name] = Origin(name in module._parameters, tensor.requires_grad)
         module._parameters.pop(name, None)
         module._buffers.pop(name, None)
         # Some models initialise their experts from outside. They find a plain attribute (no
@@ -81,6 +91,7 @@ def _hollow(module: nn.Module, layer: int, layout: ExpertLayout) -> None:
         stand_in = torch.empty_like(tensor, device="meta")
         stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
         setattr(module, name, stand_in)
+    module.tiered_origins = origins  # type: ignore[assignment]
     module.tiered_layout = layout  # type: ignore[assignment]
     module.tiered_layer = layer  # type: ignore[assignment]
     module._is_hf_initialized = True  # type: ignore[assignment]

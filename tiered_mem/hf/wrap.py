@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 from tiered_mem import _core
 from tiered_mem.catalogue import Codec
 from tiered_mem.config import Budgets, Size, WorkingSet
+from tiered_mem.environment import FILE_NAMES
 from tiered_mem.errors import (
     AlreadyWrappedError,
     ConfigError,
     RuntimeClosedError,
+    StoreBusyError,
     TieredMemError,
 )
 from tiered_mem.hf.checkpoint import Checkpoint
@@ -146,7 +148,7 @@ def offload(
         budgets.check(needs, policy)
         directory = _store_directory(nvme, undo)
         _require_empty(directory)
-        with _undone_if_it_fails(model, directory):
+        with _removed_if_it_fails(directory), _put_back_if_it_fails(model):
             _move_experts(model, directory, codec, progress)
             store = Store.open(directory)
             undo.callback(store.close)
@@ -197,8 +199,8 @@ def _repair_from(checkpoint: Checkpoint) -> Repair:
 
 
 @contextmanager
-def _undone_if_it_fails(model: PreTrainedModel, directory: Path) -> Iterator[None]:
-    """Put the experts back into the model, and drop their store, if the block fails."""
+def _put_back_if_it_fails(model: PreTrainedModel) -> Iterator[None]:
+    """Put the experts back into the model if the block fails."""
     before = model.config._experts_implementation
     kept = [(e.module, per_expert_tensors(e.module)) for e in require_experts(model)]
     try:
@@ -210,7 +212,23 @@ def _undone_if_it_fails(model: PreTrainedModel, directory: Path) -> Iterator[Non
                 put_back(module, tensors)
         if model.config._experts_implementation != before:
             model.set_experts_implementation(before or "grouped_mm")
-        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _removed_if_it_fails(directory: Path) -> Iterator[None]:
+    """Remove the store that the block makes in `directory`, new or empty, if the block fails."""
+    made = not directory.exists()
+    try:
+        yield
+    except StoreBusyError:
+        raise  # what lies there is another process's
+    except BaseException:
+        with suppress(OSError):  # such as a disk that became read-only: the first error tells
+            for name in FILE_NAMES:
+                (directory / name).unlink(missing_ok=True)
+            if made:
+                directory.rmdir()
         raise
 
 
@@ -292,6 +310,8 @@ def _packed_store(
 
 
 def _require_empty(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file; a store is a directory: give a new one")
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(
             f"{directory} isn't empty: a model in memory goes into a store of its own; give a new "
@@ -307,6 +327,8 @@ def _move_experts(
     total = sum(layout.num_experts * layout.nbytes for layout in layouts)
     done = 0
     with Store.open(directory, mode="w") as store:
+        if store.metadata:
+            raise StoreBusyError(f"another process has packed into {directory}: give a new one")
         # Nothing else can have been packed from this very model: a name nobody else has.
         name = f"a {model.config.model_type} model in memory"
         store.set_metadata({"experts": {"checkpoint": name, "fingerprint": uuid.uuid4().hex}})
