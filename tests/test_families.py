@@ -33,6 +33,7 @@ def test_enough_families_take_part() -> None:
     assert set(families.LEFT_OUT) <= set(families.families())
     assert all(families.LEFT_OUT.values())
     assert not set(families.OUTSIDE) & set(families.families())
+    assert set(families.WHY_OUTSIDE) == set(families.OUTSIDE)
 
 
 def test_the_documented_families_are_these() -> None:
