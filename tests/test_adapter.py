@@ -41,6 +41,7 @@ from tiered_mem.errors import (
 from tiered_mem.hf import handle, wrap
 from tiered_mem.hf.detect import find_experts
 from tiered_mem.runtime import Runtime
+from tiered_mem.space import Space
 from tiered_mem.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::tiered_mem.BudgetWarning")
@@ -497,7 +498,7 @@ def test_what_fails_on_the_way_leaves_nothing(
         (wrap.Runtime, "attach"),
         (handle, "RouterHooks"),
         (handle, "TieredExperts"),
-        (tiered_mem.runtime.Space, "_add_blocks"),
+        (Space, "_add_blocks"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, fail)

@@ -29,8 +29,9 @@ from tiered_mem.errors import (
 )
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.memory_watch import MemoryWatch, shrink_to_fit
-from tiered_mem.runtime import Runtime, Space
+from tiered_mem.runtime import Runtime
 from tiered_mem.snapshot import Snapshot
+from tiered_mem.space import Space
 from tiered_mem.stats import Stats
 from tiered_mem.store import Store
 

@@ -18,7 +18,7 @@ from transformers.integrations.moe import ExpertsInterface
 from tiered_mem.errors import RuntimeClosedError, TieredMemError, UnsupportedModelError
 from tiered_mem.hf.layout import ExpertLayout
 from tiered_mem.hf.prefetch import RouterHooks
-from tiered_mem.runtime import Space
+from tiered_mem.space import Space
 
 IMPLEMENTATIONS = {
     None: "tiered",

@@ -22,7 +22,7 @@ from tiered_mem.hf.layout import ExpertLayout
 from tiered_mem.hf.prefetch import RouterHooks
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.policies.prefetch import Predictor, make_predictor
-from tiered_mem.runtime import Space
+from tiered_mem.space import Space
 from tiered_mem.stats import Stats
 from tiered_mem.store import Store, allocate
 

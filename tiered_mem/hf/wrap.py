@@ -39,7 +39,8 @@ from tiered_mem.hf.pack import open_packed, pack
 from tiered_mem.hf.working_set import working_set
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.policies.prefetch import Predictor, make_predictor
-from tiered_mem.runtime import Repair, Runtime
+from tiered_mem.runtime import Runtime
+from tiered_mem.space import Repair
 from tiered_mem.store import Store, allocate
 
 
