@@ -335,7 +335,9 @@ def test_where_address_space_is_short(store: Store, caplog: pytest.LogCaptureFix
         with pytest.raises(BudgetError, match="reserved"):
             runtime.resize(hbm=5 * SLOT)
         assert runtime.budgets == Budgets(4 * SLOT, 2 * SLOT)
-        runtime.resize(hbm=3 * SLOT)
+        with pytest.raises(BudgetError, match="reserved"):
+            runtime.resize(hbm=3 * SLOT, dram=3 * SLOT)
+        assert runtime.budgets == Budgets(3 * SLOT, 2 * SLOT)  # as the tiers are
         read(space, 0, list(range(NUM_EXPERTS)))
 
 

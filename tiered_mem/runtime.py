@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -102,9 +102,10 @@ class Runtime:
                 )
             if hbm is not None:
                 self._tiers.resize_hbm(wanted.hbm)
+                self._budgets = replace(self._budgets, hbm=wanted.hbm)
             if dram is not None:
                 self._tiers.resize_dram(wanted.dram)
-            self._budgets = Budgets(wanted.hbm, wanted.dram, before.auto_hbm, before.auto_dram)
+                self._budgets = replace(self._budgets, dram=wanted.dram)
 
     def largest_block(self) -> int:
         """Return the bytes of the largest slot that a model on the runtime needs; 0 without any."""
