@@ -438,7 +438,6 @@ void bind_runtime(py::module_& m) {
             return tiers.announce(data, num_keys, stream);
           },
           py::arg("keys"), py::arg("stream") = 0)
-      .def("present", &Tiers::present, py::arg("key"), Released())
       .def("resident", &Tiers::resident, py::arg("key"), Released())
       .def(
           "num_resident",

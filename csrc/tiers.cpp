@@ -74,12 +74,6 @@ const Tiers::Source& Tiers::source_of(Key key) const {
   return *source;
 }
 
-bool Tiers::present(Key key) {
-  const Lock held = lock();
-  const Block* block = hbm_.find(key);
-  return block != nullptr && block->state != State::failed;
-}
-
 bool Tiers::resident(Key key) { return num_resident(&key, 1) == 1; }
 
 std::size_t Tiers::num_resident(const Key* keys, std::size_t num_keys) {

@@ -138,8 +138,6 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
 
   /// Whether a block is in HBM and ready.
   bool resident(Key key);
-  /// Whether a block is in HBM or on its way there.
-  bool present(Key key);
   /// Settles hints by all keys of an event that will be acquired in several waves. Returns which
   /// of them are in HBM or on their way.
   std::vector<bool> announce(const Key* keys, std::size_t num_keys, std::uint64_t stream);

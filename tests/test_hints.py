@@ -364,9 +364,9 @@ def test_hints_are_judged_by_the_whole_event_and_not_by_its_first_wave(
     tiers = make(blocks, 16)
     tiers.throttle("nvme_to_hbm", link_is_busy)
     tiers.hint(experts(1, [5, 6, 7]), exact=True)
-    tiers.announce(experts(1, [0, 1, 5, 6]))  # to be acquired in two waves
-    assert tiers.present(expert(1, 5)) and tiers.present(expert(1, 6))
-    assert not tiers.present(expert(1, 7))
+    on_the_way = tiers.announce(experts(1, [0, 1, 5, 6]))  # to be acquired in two waves
+    assert on_the_way == [False, False, True, True]
+    assert tiers.announce(experts(1, [7])) == [False]
     tiers.throttle("nvme_to_hbm", 0)
     use(tiers, 1, [0, 1])
     use(tiers, 1, [5, 6])

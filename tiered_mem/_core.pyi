@@ -141,9 +141,6 @@ class Tiers:
 
         Returns which of them are in HBM or on their way there.
         """
-    def present(self, key: int) -> bool:
-        """Whether a block is in HBM or on its way there."""
-
     def resident(self, key: int) -> bool: ...
     def num_resident(self, keys: npt.ArrayLike) -> int: ...
     def max_event(self, nbytes: int) -> int:
