@@ -84,12 +84,10 @@ bool lands_in_place(const Extent& extent, size_t i, const std::byte* dst, size_t
          room >= round_up(extent.chunks[i].stored_nbytes, kIoAlignment);
 }
 
-void finish_chunk(const Extent& extent, size_t i, const std::byte* buffer, std::byte* dst,
-                  Scratch& scratch) {
+void finish_chunk(const Extent& extent, size_t i, uint32_t crc, const std::byte* buffer,
+                  std::byte* dst, Scratch& scratch) {
   const Chunk& chunk = extent.chunks[i];
-  if (crc32c(buffer, chunk.stored_nbytes) != chunk.crc) {
-    throw ChecksumMismatch(extent.file->path(), chunk.offset);
-  }
+  if (crc != chunk.crc) throw ChecksumMismatch(extent.file->path(), chunk.offset);
   if (buffer != dst) {
     decode(extent.codec, buffer, chunk.stored_nbytes, dst, chunk.raw_nbytes, scratch);
   }
@@ -101,7 +99,7 @@ void read_chunk(const Extent& extent, size_t i, std::byte* dst, size_t room, Scr
   const bool in_place = lands_in_place(extent, i, dst, room);
   std::byte* buffer = in_place ? dst : scratch.stored.reserve(length);
   extent.file->read(chunk.offset, length, chunk.stored_nbytes, buffer);
-  finish_chunk(extent, i, buffer, dst, scratch);
+  finish_chunk(extent, i, crc32c(buffer, chunk.stored_nbytes), buffer, dst, scratch);
 }
 
 void read_chunk(const Extent& extent, size_t i, std::byte* dst, Scratch& scratch) {

@@ -73,9 +73,9 @@ void read_chunk(const Extent& extent, size_t i, std::byte* dst, size_t room, Scr
 // Whether chunk `i` can be read straight to `dst`, where `room` bytes may be written.
 bool lands_in_place(const Extent& extent, size_t i, const std::byte* dst, size_t room);
 
-// Verifies chunk `i`, stored bytes in `buffer`, and decodes it to `dst` unless it lies there.
-// Throws ChecksumMismatch, StoreError.
-void finish_chunk(const Extent& extent, size_t i, const std::byte* buffer, std::byte* dst,
-                  Scratch& scratch);
+// Compares `crc`, that of chunk `i`'s stored bytes in `buffer`, and decodes them to `dst` unless
+// they lie there. Throws ChecksumMismatch, StoreError.
+void finish_chunk(const Extent& extent, size_t i, uint32_t crc, const std::byte* buffer,
+                  std::byte* dst, Scratch& scratch);
 
 }  // namespace tiered_mem

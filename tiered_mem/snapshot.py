@@ -22,22 +22,23 @@ class Snapshot:
         self._environment = environment
         self._on_end = on_end
         self._lock = threading.Lock()  # LMDB wants one thread at a time in a transaction
+        self._named_errors = named_errors(environment.directory)
         self._txn = environment.begin_read()
         self._closed = False
 
     def keys(self) -> KeyArray:
         """Return the packed keys of all blocks in ascending order, uint64."""
-        with self._lock, self._named_errors():
+        with self._lock, self._named_errors:
             cursor = self._txn.cursor(db=self._environment.catalogue)
             packed = b"".join(bytes(key) for key in cursor.iternext(keys=True, values=False))
         return np.frombuffer(packed, ">u8").astype(np.uint64)
 
     def __len__(self) -> int:
-        with self._lock, self._named_errors():
+        with self._lock, self._named_errors:
             return int(self._txn.stat(self._environment.catalogue)["entries"])
 
     def __contains__(self, key: BlockKey | int) -> bool:
-        with self._lock, self._named_errors():
+        with self._lock, self._named_errors:
             return self._txn.get(pack_key(key), db=self._environment.catalogue) is not None
 
     def nbytes(self, key: BlockKey | int) -> int:
@@ -50,7 +51,7 @@ class Snapshot:
         Raises `StoreError` if there is no such block, `ChecksumError` if its entry is damaged.
         """
         packed = pack_key(key)
-        with self._lock, self._named_errors():
+        with self._lock, self._named_errors:
             entry = self._txn.get(packed, db=self._environment.catalogue)
             if entry is not None:
                 return self._parse(key, packed, entry)
@@ -92,9 +93,6 @@ class Snapshot:
             return _core.parse_entry(self._environment.file, packed, entry)
         except ChecksumError as error:
             raise ChecksumError(f"{_name(key)}: {error}") from error
-
-    def _named_errors(self) -> named_errors:
-        return named_errors(self._environment.directory)
 
 
 def verify(snapshot: Snapshot, progress: Callable[[int, int], None] | None) -> list[BlockKey]:
