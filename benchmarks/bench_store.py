@@ -436,7 +436,7 @@ def report(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    args: argparse.Namespace = parser(__doc__.splitlines()[0], "bench_store").parse_args()
+    args: argparse.Namespace = parser(__doc__.splitlines()[0], "store").parse_args()
     size = SIZES["smoke" if args.smoke else "full"]
     with ExitStack() as stack:
         folder = args.dir
@@ -444,7 +444,7 @@ def main() -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         results = {
-            "benchmark": "bench_store",
+            "benchmark": "store",
             "smoke": args.smoke,
             "machine": machine(folder),
             "slots": f"{SLOTS} of 4 MiB a reader, in huge pages where the kernel grants them",
