@@ -66,3 +66,11 @@ class RuntimeClosedError(TieredMemError):
 
 class AlreadyWrappedError(TieredMemError):
     """The model is wrapped already."""
+
+
+class TraceError(TieredMemError, ValueError):
+    """A trace that can't be read, or can't be used for this. Names the file, and the line if any."""
+
+
+class PolicyError(TieredMemError):
+    """A policy or predictor that was plugged in raised, or answered what can't be. Names it."""
