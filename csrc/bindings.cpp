@@ -70,7 +70,8 @@ py::object error_class(const char* name) {
 }
 
 void bind_errors(py::module_&) {
-  py::register_exception_translator([](std::exception_ptr pointer) {
+  // Local: the translators of other extensions, which may know std::runtime_error, come after it.
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const Error& error) {

@@ -7,6 +7,9 @@ namespace tiered_mem {
 
 using Key = std::uint64_t;
 
+/// Names no block.
+constexpr Key kNoKey = ~Key{0};
+
 /// Kind, space and layer of a block: the unit in which use is predicted and shares are given.
 using Partition = std::uint32_t;
 

@@ -1,5 +1,8 @@
 #include "policy.h"
 
+#include <map>
+#include <mutex>
+
 #include "error.h"
 #include "eviction/fifo.h"
 #include "eviction/lru.h"
@@ -14,19 +17,43 @@ struct BuiltIn {
   std::unique_ptr<EvictionPolicy> (*make)();
 };
 
+template <class Policy>
+BuiltIn built_in(const char* name, const char* summary, const char* source) {
+  return {{name, summary, source},
+          [] { return std::unique_ptr<EvictionPolicy>(std::make_unique<Policy>()); }};
+}
+
 const std::vector<BuiltIn>& built_ins() {
   static const std::vector<BuiltIn> all = {
-      {{"lru", "evicts the block unused for longest", "textbook"},
-       [] { return std::unique_ptr<EvictionPolicy>(new Lru); }},
-      {{"fifo", "evicts the block that came first", "textbook"},
-       [] { return std::unique_ptr<EvictionPolicy>(new Fifo); }},
+      built_in<Lru>("lru", "evicts the block unused for longest", "textbook"),
+      built_in<Fifo>("fifo", "evicts the block that came first", "textbook"),
   };
   return all;
 }
 
 const std::string kPerLayer = "per-layer(";
 
+struct PlugIns {
+  std::mutex mutex;
+  std::map<std::string, PolicyFactory> by_name;
+};
+PlugIns& plug_ins() {
+  static PlugIns* all = new PlugIns;  // outlives the interpreter that its factories need
+  return *all;
+}
+
 }  // namespace
+
+void register_policy(const std::string& name, PolicyFactory make) {
+  for (const BuiltIn& policy : built_ins())
+    if (policy.info.name == name)
+      throw ConfigError("'" + name + "' is a built-in eviction policy; choose another name");
+  if (name.empty() || name.find_first_of("() ,") != std::string::npos)
+    throw ConfigError("'" + name + "' can't name a policy: no parentheses, commas or spaces");
+  PlugIns& all = plug_ins();
+  const std::lock_guard lock(all.mutex);
+  all.by_name[name] = std::move(make);
+}
 
 std::unique_ptr<EvictionPolicy> make_policy(const std::string& spec) {
   if (spec.rfind(kPerLayer, 0) == 0 && spec.back() == ')') {
@@ -39,6 +66,14 @@ std::unique_ptr<EvictionPolicy> make_policy(const std::string& spec) {
     if (policy.info.name == spec) return policy.make();
     names += policy.info.name + ", ";
   }
+  PolicyFactory make;
+  {
+    PlugIns& all = plug_ins();
+    const std::lock_guard lock(all.mutex);
+    const auto found = all.by_name.find(spec);
+    if (found != all.by_name.end()) make = found->second;
+  }
+  if (make) return make();
   throw ConfigError("unknown eviction policy '" + spec + "'; there are: " + names +
                     "and per-layer(X) around any of them");
 }

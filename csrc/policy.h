@@ -14,28 +14,50 @@
 
 namespace tiered_mem {
 
-/// How a block enters: because an event needs it, or on a guess (a hint, or the copy that stays
-/// behind in DRAM). A guess may be ranked lowest until it is used.
-enum class Entry { demanded, guessed };
+/// Says whether a block may be evicted now. Pinned and in-flight blocks may not. Refers to a
+/// callable that outlives it; made from nothing, it admits every block at no cost.
+class Evictable {
+ public:
+  Evictable() = default;
+  template <class Predicate>
+  Evictable(const Predicate& predicate)
+      : predicate_(&predicate), call_([](const void* object, Key key) -> bool {
+          return (*static_cast<const Predicate*>(object))(key);
+        }) {}
+  bool operator()(Key key) const { return call_ == nullptr || call_(predicate_, key); }
 
-/// Says whether a block may be evicted now. Pinned and in-flight blocks may not.
-using Evictable = std::function<bool(Key)>;
+ private:
+  const void* predicate_ = nullptr;
+  bool (*call_)(const void*, Key) = nullptr;
+};
 
+/// Sizes are bytes; a count of slots is the case in which every block has one byte.
 class EvictionPolicy {
  public:
   virtual ~EvictionPolicy() = default;
 
+  /// The bytes that its blocks may hold together. Said before the first insert, and at a resize;
+  /// blocks that are too many then are taken by `evict`.
+  virtual void set_budget(std::uint64_t) {}
+  /// An event on `partition` begins: its touches, evictions and inserts follow.
+  virtual void begin_event(Partition) {}
   /// `key` became resident. It wasn't before.
-  virtual void insert(Key key, std::uint64_t nbytes, Entry entry) = 0;
-  /// An event used `key`, which is resident.
-  virtual void touch(Key key) = 0;
-  /// `key` left for another reason than `evict`.
+  virtual void insert(Key key, std::uint64_t nbytes) = 0;
+  /// An event used `key`. False, and nothing has changed, if it isn't resident.
+  virtual bool touch(Key key) = 0;
+  /// `key` left for another reason than `evict`. Does nothing if it isn't resident.
   virtual void erase(Key key) = 0;
   /// Chooses the victim among the blocks that `evictable` admits, forgets it and returns it;
-  /// nothing if there is none.
-  virtual std::optional<Key> evict(const Evictable& evictable) = 0;
+  /// nothing if there is none. `incoming` is inserted next; kNoKey if nothing comes for it.
+  virtual std::optional<Key> evict(const Evictable& evictable, Key incoming) = 0;
   /// The number of resident blocks it knows.
   virtual std::size_t size() const = 0;
+
+  /// The next event of the key's partition uses it with this probability; 0 takes that back. The
+  /// key may be resident or not.
+  virtual void hint(Key, double /*probability*/) {}
+  /// Throws what a plug-in raised in a call that could not fail, once.
+  virtual void rethrow() {}
 };
 
 struct PolicyInfo {
@@ -44,11 +66,16 @@ struct PolicyInfo {
   std::string source;
 };
 
-/// The policy that `spec` names: "lru", "fifo", or "per-layer(X)" around any of them. Throws
-/// ConfigError, with the names there are, if there is none of this name.
+using PolicyFactory = std::function<std::unique_ptr<EvictionPolicy>()>;
+
+/// The policy that `spec` names: "lru", or "per-layer(X)" around any X. Throws ConfigError, with
+/// the names there are, if there is none of this name.
 std::unique_ptr<EvictionPolicy> make_policy(const std::string& spec);
 
-/// All policies that `make_policy` knows.
+/// Makes a plug-in known by a name; a built-in's name is refused. Throws ConfigError.
+void register_policy(const std::string& name, PolicyFactory make);
+
+/// All built-in policies.
 std::vector<PolicyInfo> list_policies();
 
 }  // namespace tiered_mem

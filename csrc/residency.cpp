@@ -6,7 +6,9 @@
 namespace tiered_mem {
 
 Residency::Residency(Arena arena, std::unique_ptr<EvictionPolicy> policy)
-    : arena_(std::move(arena)), policy_(std::move(policy)) {}
+    : arena_(std::move(arena)), policy_(std::move(policy)) {
+  policy_.policy().set_budget(arena_.budget());
+}
 
 Block* Residency::find(Key key) {
   auto* found = blocks_.find(key);
@@ -45,27 +47,56 @@ Admission Residency::admit(const std::vector<Wanted>& wanted, Entry entry,
       throw std::logic_error("admit: the room that was made isn't there");
   }
 
-  for (const Wanted& want : wanted) {
-    const std::uint64_t slot_nbytes = round_to_pages(want.nbytes);
-    std::vector<Slot>& ready = taken[slot_nbytes];
-    std::optional<Slot> slot;
-    if (!ready.empty()) {
-      slot = ready.back();
-      ready.pop_back();
-    } else if (slot = arena_.take(slot_nbytes); !slot) {
-      evict_one(slot_nbytes, spare_protected, victims);
-      slot = arena_.take(slot_nbytes);
-    }
+  const std::vector<Choice> choices = choose_slots(wanted, entry, taken);
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
     auto block = std::make_unique<Block>();
-    block->key = want.key;
-    block->slot = slot.value();
-    block->slot_nbytes = slot_nbytes;
+    block->key = wanted[i].key;
+    block->slot_nbytes = round_to_pages(wanted[i].nbytes);
+    block->slot = choices[i].slot;
+    if (choices[i].victim != nullptr) {
+      victims.push_back(remove(*choices[i].victim, true));
+      block->slot = arena_.take(block->slot_nbytes).value();
+    }
     block->guessed = entry == Entry::guessed;
-    if (block->guessed) nbytes_guessed_ += slot_nbytes;
-    policy_->insert(want.key, want.nbytes, entry);
-    blocks_.put(want.key, std::move(block));
+    if (block->guessed) nbytes_guessed_ += block->slot_nbytes;
+    blocks_.put(wanted[i].key, std::move(block));
   }
   return Admission::ok;
+}
+
+// The policy's part of an admission: it learns of each block right after it chose the victim for
+// it. A policy that throws leaves all as it was.
+std::vector<Residency::Choice> Residency::choose_slots(const std::vector<Wanted>& wanted,
+                                                       Entry entry, Taken& taken) {
+  std::vector<Choice> choices;
+  try {
+    for (const Wanted& want : wanted) {
+      const std::uint64_t slot_nbytes = round_to_pages(want.nbytes);
+      std::vector<Slot>& ready = taken[slot_nbytes];
+      if (!ready.empty()) {
+        choices.push_back({ready.back(), nullptr});
+        ready.pop_back();
+      } else if (const auto slot = arena_.take(slot_nbytes)) {
+        choices.push_back({*slot, nullptr});
+      } else {
+        choices.push_back({0, choose_victim(want, entry == Entry::guessed)});
+      }
+      policy_.insert(want.key, slot_nbytes, entry);
+    }
+  } catch (...) {
+    for (const auto& [nbytes, slots] : taken)
+      for (Slot slot : slots) arena_.give(slot);
+    for (std::size_t i = 0; i < choices.size(); ++i) {
+      policy_.erase(wanted[i].key);
+      if (const Block* victim = choices[i].victim)
+        policy_.insert(victim->key, victim->slot_nbytes,
+                       victim->guessed ? Entry::guessed : Entry::demanded);
+      else
+        arena_.give(choices[i].slot);
+    }
+    throw;
+  }
+  return choices;
 }
 
 // Takes the slots that can't come from evicting blocks of their own size class, or none at all.
@@ -93,19 +124,21 @@ bool Residency::take_short(Arena& arena, const IdleCounts& idle, const Need& nee
 }
 
 // Protected blocks go last: first among the others, then, for demand alone, among all.
-void Residency::evict_one(std::uint64_t slot_nbytes, bool spare_protected,
-                          std::vector<Victim>& victims) {
+Block* Residency::choose_victim(const Wanted& want, bool spare_protected) {
+  const std::uint64_t slot_nbytes = round_to_pages(want.nbytes);
   const auto choose = [&](bool spare) {
-    return policy_->evict([&](Key key) {
-      const Block& block = *find(key);
-      return block.slot_nbytes == slot_nbytes && evictable(block) && !(spare && block.protected_);
-    });
+    const auto admits = [&](Key key) {
+      const Block* block = find(key);  // null: this admission has just told the policy of it
+      return block != nullptr && block->slot_nbytes == slot_nbytes && evictable(*block) &&
+             !(spare && block->protected_);
+    };
+    return policy_.evict(admits, want.key);
   };
   auto key = choose(true);
   if (!key && !spare_protected) key = choose(false);
   // `admit` has counted the evictable blocks, so a policy that finds none has lost one.
   if (!key) throw std::logic_error("the eviction policy returned no victim though there is one");
-  victims.push_back(remove(*find(*key), true));
+  return find(*key);
 }
 
 Victim Residency::remove(Block& block, bool slot_reused) {
@@ -172,7 +205,7 @@ std::map<std::uint64_t, Residency::SlabUse> Residency::survey() const {
 
 void Residency::empty_slab(std::uint64_t offset, const SlabUse& use, std::vector<Victim>& victims) {
   for (Key key : use.keys) {
-    policy_->erase(key);
+    policy_.erase(key);
     victims.push_back(remove(*find(key), false));
   }
   arena_.release_slab(offset);
@@ -180,6 +213,7 @@ void Residency::empty_slab(std::uint64_t offset, const SlabUse& use, std::vector
 
 bool Residency::resize(std::uint64_t budget, std::vector<Arena::Slab>& released) {
   arena_.set_budget(budget);
+  policy_.policy().set_budget(budget);
   if (arena_.nbytes_cut() <= budget) return true;
   std::vector<Victim> victims;
   const auto uses = survey();
@@ -191,7 +225,8 @@ bool Residency::resize(std::uint64_t budget, std::vector<Arena::Slab>& released)
   }
   // Slabs with pins in them stay for now; the other blocks in them needn't.
   while (arena_.nbytes_used() > budget) {
-    const auto key = policy_->evict([&](Key key) { return evictable(*find(key)); });
+    const auto admits = [&](Key key) { return evictable(*find(key)); };
+    const auto key = policy_.evict(admits, kNoKey);
     if (!key) break;
     victims.push_back(remove(*find(*key), false));
   }
@@ -211,7 +246,7 @@ bool Residency::quiet() const {
 }
 
 void Residency::use(Block& block) {
-  policy_->touch(block.key);
+  policy_.touch(block.key);
   if (block.guessed) nbytes_guessed_ -= block.slot_nbytes;
   block.guessed = false;
   protect(block, false);
@@ -245,12 +280,12 @@ void Residency::mark_failed(Block& block) {
 }
 
 void Residency::demote_rank(Block& block) {
-  policy_->erase(block.key);
-  policy_->insert(block.key, block.slot_nbytes, Entry::guessed);
+  policy_.erase(block.key);
+  policy_.insert(block.key, block.slot_nbytes, Entry::guessed);
 }
 
 void Residency::drop(Block& block) {
-  policy_->erase(block.key);
+  policy_.erase(block.key);
   forget(block);
 }
 

@@ -16,6 +16,7 @@
 #include "arena.h"
 #include "flat_map.h"
 #include "policy.h"
+#include "probation.h"
 
 namespace tiered_mem {
 
@@ -57,7 +58,8 @@ class Residency {
 
   /// Gives every wanted block a slot in state `loading` and appends the victims, all or nothing.
   /// `busy`: pins or transfers of others are in the way; `too_large`: it can never fit.
-  /// A guess evicts no protected block.
+  /// A guess evicts no protected block. Throws what a plugged-in policy raises; nothing has changed
+  /// then.
   Admission admit(const std::vector<Wanted>& wanted, Entry entry, std::vector<Victim>& victims);
 
   /// An event uses a block: the policy learns of it, and it is no guess any more.
@@ -84,6 +86,7 @@ class Residency {
   /// call again when they are gone. Appends the slabs whose memory isn't needed any more.
   bool resize(std::uint64_t budget, std::vector<Arena::Slab>& released);
 
+  EvictionPolicy& policy() { return policy_.policy(); }
   const Arena& arena() const { return arena_; }
   std::size_t num_blocks() const { return blocks_.size(); }
   std::uint64_t num_evictions() const { return num_evictions_; }
@@ -119,13 +122,19 @@ class Residency {
   std::map<std::uint64_t, SlabUse> survey() const;
   std::uint64_t nbytes_idle() const;
   void empty_slab(std::uint64_t offset, const SlabUse& use, std::vector<Victim>& victims);
-  void evict_one(std::uint64_t slot_nbytes, bool spare_protected, std::vector<Victim>& victims);
+  /// How a wanted block comes by its slot: one that is free, or its victim's.
+  struct Choice {
+    Slot slot = 0;
+    Block* victim = nullptr;
+  };
+  std::vector<Choice> choose_slots(const std::vector<Wanted>& wanted, Entry entry, Taken& taken);
+  Block* choose_victim(const Wanted& want, bool spare_protected);
   Victim remove(Block& block, bool slot_reused);
   void forget(Block& block);
   void count_idle(const Block& block, int change);
 
   Arena arena_;
-  std::unique_ptr<EvictionPolicy> policy_;
+  Probation policy_;
   FlatMap<std::unique_ptr<Block>> blocks_;
   IdleCounts idle_;
   std::unordered_set<Slot> held_;

@@ -17,20 +17,25 @@ class RecencyList {
 
   void push_front(Key key) { index_.put(key, link(key, nodes_[0].next)); }
   void push_back(Key key) { index_.put(key, link(key, 0)); }
-  void move_to_front(Key key) {
-    const std::uint32_t node = *index_.find(key);
-    unlink(node);
-    relink(node, nodes_[0].next);
+  /// False if it isn't there.
+  bool move_to_front(Key key) {
+    const std::uint32_t* node = index_.find(key);
+    if (node == nullptr) return false;
+    unlink(*node);
+    relink(*node, nodes_[0].next);
+    return true;
   }
   bool contains(Key key) const { return index_.find(key) != nullptr; }
   std::size_t size() const { return index_.size(); }
 
-  void erase(Key key) {
+  /// False if it wasn't there.
+  bool erase(Key key) {
     const std::uint32_t* node = index_.find(key);
-    if (node == nullptr) return;
+    if (node == nullptr) return false;
     unlink(*node);
     spare_.push_back(*node);
     index_.erase(key);
+    return true;
   }
 
   /// Removes and returns the oldest key that `evictable` admits.
