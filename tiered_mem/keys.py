@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,3 +53,15 @@ class BlockKey(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind.name.lower()} {self.index} of layer {self.layer}"
+
+
+def pack_keys(kind: npt.ArrayLike, layer: npt.ArrayLike, index: npt.ArrayLike) -> KeyArray:
+    """Return `BlockKey.pack` of arrays (or numbers) that broadcast together, in space 0, uint64."""
+    kinds, layers, indices = (np.asarray(part).astype(np.uint64) for part in (kind, layer, index))
+    return kinds << np.uint64(_KIND_SHIFT) | layers << np.uint64(_LAYER_SHIFT) | indices
+
+
+def unpack_keys(keys: KeyArray) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return (kind uint8, layer uint16, index uint32) of packed keys, each of their shape."""
+    kinds = (keys >> np.uint64(_KIND_SHIFT)).astype(np.uint8)
+    return kinds, (keys >> np.uint64(_LAYER_SHIFT)).astype(np.uint16), keys.astype(np.uint32)
