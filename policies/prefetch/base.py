@@ -109,6 +109,9 @@ class Predictor(ABC):
     """Whether it calls `Route.look_ahead`."""
     uses_residual: ClassVar[bool] = False
     """Whether it calls `Route.residual`."""
+    learns: ClassVar[bool] = True
+    """Whether `predict` learns from what it is shown: then it is called even where a guess can't
+    help, so that it misses nothing."""
     simulator_only: ClassVar[bool] = False
     """Whether it knows what only a recorded trace can tell."""
 
@@ -122,7 +125,7 @@ class Predictor(ABC):
             raise ConfigError(f"prefetch={cls.name!r} takes no arguments: write it without ( )")
         return cls()
 
-    def check(self, model: ModelInfo) -> None:
+    def check(self, model: ModelInfo) -> None:  # noqa: B027  # most can serve any
         """Called once, before any route. Raises `ConfigError` if it can't serve this model."""
 
     @abstractmethod

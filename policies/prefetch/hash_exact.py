@@ -18,6 +18,7 @@ class HashExact(Predictor):
     summary = "exact for layers that route by token id, nothing for the others"
     source = "hash routing: Roller et al. 2021; DeepSeek-V4's tid2eid tables"
     follows_routes = False
+    learns = False
 
     def predict(self, route: Route) -> Sequence[int]:
         """Return nothing: tables are looked up when the tokens come, before any route."""

@@ -19,6 +19,7 @@ class NextGate(Predictor):
     summary = "the next layer's norm and gate on this layer's residual stream, up to 2k of top-k"
     source = "Eliseev and Mazur 2023 (speculative expert loading); FATE 2025 (cross-layer gates)"
     looks_ahead = True
+    learns = False
 
     def predict(self, route: Route) -> Sequence[int]:
         """Return the next layer's top 2k by its gate."""

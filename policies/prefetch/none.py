@@ -15,6 +15,7 @@ class NoPrefetch(Predictor):
     source = "the baseline"
     uses_tables = False
     follows_routes = False
+    learns = False
 
     def predict(self, route: Route) -> Sequence[int]:
         """Return nothing."""

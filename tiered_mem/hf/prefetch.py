@@ -18,10 +18,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tiered_mem.hf.ghost import Extra, Ghost, GhostError, RouterBlock, Step
-from tiered_mem.policies.prefetch import Predictor
+from tiered_mem.hf.route import RouterRoute, model_info, rank_by_weight
+from tiered_mem.policies.prefetch import Predictor, Route
 from tiered_mem.policies.prefetch.hash_exact import TABLE, hashed_experts
 
 Hint = Callable[[int, Sequence[int], bool], None]
+Observer = Callable[[Route], None]
 
 # A layer that was judged not to pay is asked again now and then, so that it can come back.
 _JUDGE_EVERY = 16
@@ -34,11 +36,15 @@ _NOT_THERE = -1
 class _Layer:
     """What is known of one layer's surroundings, and its ghost once there is one."""
 
-    def __init__(self, index: int, module: nn.Module, block: nn.Module, attribute: str) -> None:
+    def __init__(
+        self, index: int, module: nn.Module, block: nn.Module, attribute: str, parent: nn.Module
+    ) -> None:
         self.index = index
         self.module = module
+        self.num_experts = int(module.num_experts)  # type: ignore[arg-type]
         self.block = block
         self.attribute = attribute  # of the block, that holds the experts
+        self.parent = parent  # of the block
         self.table_of: nn.Module | None = None  # the router with a token-to-expert table
         self.steps: list[Step] | None = None  # from the residual stream to the block, once found
         self.has_extra = False  # its block takes more than hidden states
@@ -95,6 +101,8 @@ class RouterHooks:
         layer_resident: says that a layer's blocks are all in HBM: nothing is predicted then.
         worthwhile: says whether hints for a layer may still pay; asked every 16 events. One of a
             layer that doesn't pay goes on to be predicted at every 32nd event.
+
+    `info` is what predictors are told of the model; one that can't serve it raises `ConfigError`.
     """
 
     def __init__(
@@ -107,6 +115,9 @@ class RouterHooks:
         worthwhile: Callable[[int], bool] | None = None,
     ) -> None:
         self._predictor = predictor
+        self._looks_ahead = predictor.looks_ahead
+        self._uses_residual = predictor.looks_ahead or predictor.uses_residual
+        self._observer: Observer | None = None
         self._hint = hint
         self._layer_resident = layer_resident
         self._worthwhile = worthwhile
@@ -118,10 +129,20 @@ class RouterHooks:
         for name, module, index in experts:
             if index not in self._layers:
                 path, _, attribute = name.rpartition(".")
-                layer = _Layer(index, module, model.get_submodule(path), attribute)
-                self._layers[index] = layer
-                self._look_around(model.get_submodule(path.rpartition(".")[0]), layer)
+                parent = model.get_submodule(path.rpartition(".")[0])
+                self._layers[index] = _Layer(
+                    index, module, model.get_submodule(path), attribute, parent
+                )
         in_order = list(self._layers.values())
+        self.info = model_info(model, max((layer.num_experts for layer in in_order), default=0))
+        predictor.check(self.info)
+        if predictor.uses_tables:
+            for layer in in_order:
+                owners = (m for m in layer.block.modules() if TABLE in m._buffers)
+                layer.table_of = next(owners, None)
+        if self._uses_residual:
+            for layer in in_order:
+                self._look_around(layer)
         for layer, following in zip(in_order, in_order[1:] + in_order[:1], strict=True):
             layer.next = following
         self._first = in_order[0] if in_order else None
@@ -135,20 +156,38 @@ class RouterHooks:
         Called by the experts right after they have asked for their own blocks, so that the
         prediction overlaps their loads.
         """
-        if self._closed or not self._predictor.follows_routes:
+        observer = self._observer
+        if self._closed or not (self._predictor.follows_routes or observer is not None):
             return
         here = self._layers[layer]
         here.num_events += 1
         residual = self._take_residual(here)
         extra = self._thread.extra if here.has_extra else _NO_EXTRA
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            if here.ghost is None:
+            if self._looks_ahead and here.ghost is None:
                 self._build_ghost(here, residual, extra, top_k_index)
-            if not self._may_pay(here, here.next):
+            route = self._route(here, residual, extra, top_k_index)
+            if observer is not None:
+                observer(route)
+            pays = self._may_pay(here, here.next)
+            if not (pays or self._predictor.learns) or not self._predictor.follows_routes:
                 return
-            ranked = self._predictor.predict(_RouteNow(self, here, residual, extra, top_k_index))
-        if ranked:
+            ranked = self._predictor.predict(route)
+        if pays and len(ranked):
             self._hint(here.next.index, ranked, False)
+
+    def observe(self, observer: Observer | None) -> None:
+        """Call `observer` with every `Route` from now on, in the thread that generates; None: no.
+
+        Whatever the predictor, the route then knows its residual and looks ahead by the next gate,
+        from the second or third forward on.
+        """
+        if observer is not None and not self._closed:
+            with self._lock:
+                known, self._uses_residual, self._looks_ahead = self._uses_residual, True, True
+            for layer in self._layers.values() if not known else ():
+                self._look_around(layer)
+        self._observer = observer
 
     def report(self) -> dict[int, str]:
         """Return, for each layer, how it is predicted, or why it isn't."""
@@ -164,13 +203,8 @@ class RouterHooks:
 
     # --- finding out what surrounds the experts ---
 
-    def _look_around(self, parent: nn.Module, layer: _Layer) -> None:
-        block = layer.block
-        if self._predictor.uses_tables:
-            owners = (m for m in block.modules() if TABLE in m._buffers)
-            layer.table_of = next(owners, None)
-        if not self._predictor.looks_ahead:
-            return
+    def _look_around(self, layer: _Layer) -> None:
+        block, parent = layer.block, layer.parent
         if isinstance(parent, nn.ModuleList):
             # The decoder layer itself calls the experts. It can't be run again: it has a KV cache.
             beside = [module for module in block.children() if module is not layer.module]
@@ -291,6 +325,19 @@ class RouterHooks:
             following.worthwhile = self._worthwhile(following.index)
         return following.worthwhile or here.num_events % _PROBE_EVERY == 0
 
+    def _route(
+        self, here: _Layer, residual: torch.Tensor | None, extra: Extra, top_k_index: torch.Tensor
+    ) -> RouterRoute:
+        return RouterRoute(
+            here.index,
+            here.next.index,
+            (here.num_experts, here.next.num_experts),
+            self.info.hidden_size,
+            top_k_index,
+            residual,
+            lambda: self._look_ahead(here.next, residual, extra),
+        )
+
     def _look_ahead(
         self, following: _Layer, residual: torch.Tensor | None, extra: Extra
     ) -> Sequence[int]:
@@ -304,7 +351,7 @@ class RouterHooks:
             # The model was changed under the ghost. It is built again, from what is there then.
             following.fail(f"its router doesn't run alone: {error!r}")
             return ()
-        return _rank(ids, weights)
+        return rank_by_weight(ids, weights)
 
     def _watch_tokens(self, model: nn.Module) -> None:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -328,35 +375,14 @@ class RouterHooks:
         if layer.table_of is not None:
             return "exact, from token ids"
         if not self._predictor.looks_ahead:
-            return str(self._predictor.name)
+            before = next(other for other in self._layers.values() if other.next is layer)
+            blind = self._predictor.uses_residual and before.steps is None
+            return f"off: layer {before.index}: {before.off}" if blind else self._predictor.name
         if layer is self._first:
             return "off: no layer comes before it"
         if layer.ghost is None:
             return f"off: {layer.off}"
         return f"{self._predictor.name}, {layer.ghost.num_ranked} experts ranked"
-
-
-class _RouteNow:
-    """One router's decision: the `Route` that predictors see."""
-
-    def __init__(
-        self,
-        hooks: RouterHooks,
-        here: _Layer,
-        residual: torch.Tensor | None,
-        extra: Extra,
-        top_k_index: torch.Tensor,
-    ) -> None:
-        self.layer, self.next_layer = here.index, here.next.index
-        self._hooks, self._following = hooks, here.next
-        self._residual, self._extra, self._top_k_index = residual, extra, top_k_index
-
-    def experts(self) -> Sequence[int]:
-        ids = self._top_k_index
-        return ids.tolist()[0] if ids.shape[0] == 1 else _rank(ids, torch.ones_like(ids))
-
-    def look_ahead(self) -> Sequence[int]:
-        return self._hooks._look_ahead(self._following, self._residual, self._extra)
 
 
 def _steps_to(tensor: torch.Tensor, calls: list[_Call]) -> list[Step]:
@@ -372,14 +398,3 @@ def _steps_to(tensor: torch.Tensor, calls: list[_Call]) -> list[Step]:
             steps.insert(0, Step(call.module, element))
             tensor = call.given
     return steps
-
-
-def _rank(ids: torch.Tensor, weights: torch.Tensor) -> list[int]:
-    """Distinct ids, those with the most weight over all tokens first."""
-    if ids.shape[0] == 1:
-        pairs = zip(weights.tolist()[0], ids.tolist()[0], strict=True)
-        return [index for _, index in sorted(pairs, reverse=True)]
-    flat = ids.reshape(-1)
-    order = flat.bincount(weights.reshape(-1).double()).argsort(descending=True)
-    ranked: list[int] = order[flat.bincount()[order] > 0].tolist()
-    return ranked
