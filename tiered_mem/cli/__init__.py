@@ -13,7 +13,7 @@ from typing import cast
 
 import typer
 
-from tiered_mem.cli import doctor, output, pack, policies, run, verify
+from tiered_mem.cli import doctor, output, pack, policies, run, trace, verify
 from tiered_mem.errors import TieredMemError
 
 # Newer typer carries click's classes itself, older typer uses click's.
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 for command in (pack.pack, run.run, verify.verify, doctor.doctor, policies.policies):
     app.command()(command)
+app.add_typer(trace.app, name="trace")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
