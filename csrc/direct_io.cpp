@@ -56,6 +56,15 @@ void File::read(uint64_t offset, size_t nbytes, size_t needed, std::byte* dst) c
   }
 }
 
+Extent nowhere(uint64_t nbytes) {
+  Extent extent{nullptr, Codec::none, nbytes, {}};
+  for (uint64_t at = 0; at < nbytes; at += kChunkNbytes) {
+    const auto left = static_cast<uint32_t>(std::min<uint64_t>(kChunkNbytes, nbytes - at));
+    extent.chunks.push_back({0, left, left, 0});
+  }
+  return extent;
+}
+
 Extent make_extent(std::shared_ptr<File> file, Codec codec, uint64_t nbytes, uint64_t offset,
                    const uint32_t* table, size_t num_chunks) {
   // zstd adds a few bytes to what it can't compress; anything larger wasn't written by us.

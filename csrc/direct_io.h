@@ -62,6 +62,9 @@ struct Extent {
 Extent make_extent(std::shared_ptr<File> file, Codec codec, uint64_t nbytes, uint64_t offset,
                    const uint32_t* table, size_t num_chunks);
 
+// The extent of a block that lies nowhere, for links that move no bytes.
+Extent nowhere(uint64_t nbytes);
+
 // Reads, verifies and decodes chunk `i` to `dst`, the block's base + i * kChunkNbytes.
 // There must be room for the chunk's bytes rounded up to kIoAlignment. If `dst` is aligned, plain
 // chunks land in place. Throws IoError, ChecksumMismatch, StoreError.

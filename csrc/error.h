@@ -21,6 +21,10 @@ struct BudgetError : Error {
 struct EventTooLarge : Error {
   using Error::Error;
 };
+// A plug-in raised, or answered what can't be.
+struct PolicyError : Error {
+  using Error::Error;
+};
 struct RuntimeClosed : Error {
   using Error::Error;
 };

@@ -1,7 +1,9 @@
 // Events: admission, pins, and waiting for their blocks.
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <string>
+#include <utility>
 
 #include "error.h"
 #include "tiers.h"
@@ -30,6 +32,7 @@ std::shared_ptr<Event> Tiers::acquire(const Key* keys, std::size_t num_keys, std
   check_open();
   for (std::size_t i = 0; i < num_keys; ++i) source_of(keys[i]);
   settle_hints(event->keys_.data(), event->keys_.size(), event->stream_);
+  begin_event(*event);
   const bool goes_ahead = queue_.empty() || holders_.count(stream) > 0;
   if (!goes_ahead || try_acquire(*event) != Admission::ok) {
     if (!wait) return nullptr;
@@ -40,7 +43,23 @@ std::shared_ptr<Event> Tiers::acquire(const Key* keys, std::size_t num_keys, std
   ++holders_[stream];
   ++clock_;
   ++stats_.num_events;
+  rethrow_policy_errors();
   return event;
+}
+
+void Tiers::begin_event(const Event& event) {
+  if (event.keys_.empty()) return;
+  hbm_.policy().begin_event(partition_of(event.keys_[0]));
+  if (has_dram_) dram_.policy().begin_event(partition_of(event.keys_[0]));
+}
+
+// Once all is in its place: the event that the error belongs to is then released.
+void Tiers::rethrow_policy_errors() {
+  hbm_.policy().rethrow();
+  if (has_dram_) dram_.policy().rethrow();
+  if (!policy_error_) return;
+  const std::exception_ptr error = std::exchange(policy_error_, nullptr);
+  std::rethrow_exception(error);
 }
 
 // Returns once the event is admitted.
@@ -112,9 +131,19 @@ Admission Tiers::try_acquire(Event& event) {
   std::vector<Victim> victims;
   for (Block* block : present)
     if (block != nullptr) hbm_.pin(*block);
-  if (hbm_.admit(wanted, Entry::demanded, victims) != Admission::ok) {
+  const auto unpin = [&] {
     for (Block* block : present)
       if (block != nullptr) hbm_.unpin(*block);
+  };
+  Admission admission;
+  try {
+    admission = hbm_.admit(wanted, Entry::demanded, victims);
+  } catch (const PolicyError&) {
+    unpin();
+    throw;
+  }
+  if (admission != Admission::ok) {
+    unpin();
     if (wanted.size() == num_keys || !hbm_.quiet()) return Admission::busy;
     // Only the event's own blocks are in the way, in pieces of the arena: start over without them.
     for (Block* block : present)
@@ -127,6 +156,7 @@ Admission Tiers::try_acquire(Event& event) {
   for (const Wanted& block : wanted)
     if (Block* copy = dram_.find(block.key)) copies.push_back(copy);
   for (Block* copy : copies) dram_.pin(*copy);
+  log(Happening::event, num_keys ? event.keys_[0] : kNoKey);
   handle_victims(victims, Priority::demand);
 
   event.slots_.resize(num_keys);
@@ -168,9 +198,11 @@ void Tiers::join(Event& event, std::size_t position, Block& block) {
   event.slots_[position] = block.slot;
   if (block.state == State::ready) {
     ++stats_.num_hbm_hits;
+    log(Happening::hit, block.key);
     event.ready_.push_back(static_cast<std::uint32_t>(position));
   } else {
     ++stats_.num_in_flight;
+    log(Happening::in_flight, block.key);
     event.tickets_[position] = loads_.at(block.key);
   }
 }
@@ -179,7 +211,9 @@ void Tiers::load(Event& event, std::size_t position, Block& block) {
   hbm_.pin(block);
   event.slots_[position] = block.slot;
   event.tickets_[position] = start_load(block, Priority::demand, 0);
-  if (event.tickets_[position]->link == Link::dram_to_hbm) {
+  const bool from_dram = event.tickets_[position]->link == Link::dram_to_hbm;
+  log(from_dram ? Happening::dram_hit : Happening::nvme_read, block.key);
+  if (from_dram) {
     ++stats_.num_dram_hits;
     return;
   }
@@ -190,20 +224,75 @@ void Tiers::load(Event& event, std::size_t position, Block& block) {
 void Tiers::release(Event& event) {
   if (forked()) return;
   {
+    refuse_in_policy();
     Lock lock(mutex_);
     if (event.released_) return;
     event.released_ = true;
     settle_ended();
-    for (Key key : event.keys_) hbm_.unpin(*hbm_.find(key));
-    const auto holder = holders_.find(event.stream_);
-    if (--holder->second == 0) holders_.erase(holder);
+    unpin_all(&event, event.keys_, event.stream_);
     finish_resize();
   }
   changed_.notify_all();
 }
 
+void Tiers::unpin_all(const Event* event, const std::vector<Key>& keys, std::uint64_t stream) {
+  abandon_repairs(event);
+  for (Key key : keys) hbm_.unpin(*hbm_.find(key));
+  const auto holder = holders_.find(stream);
+  if (--holder->second == 0) holders_.erase(holder);
+}
+
+// Takes no lock that could be held while Python runs.
+void Tiers::orphan(Event& event) {
+  if (event.released_ || forked()) return;
+  event.released_ = true;
+  {
+    const std::lock_guard lock(orphans_mutex_);
+    orphans_.push_back({std::move(event.keys_), event.stream_, &event});
+    has_orphans_ = true;
+  }
+  changed_.notify_all();
+}
+
+void Tiers::release_orphans() {
+  if (!has_orphans_) return;
+  std::vector<Orphan> all;
+  {
+    const std::lock_guard lock(orphans_mutex_);
+    all.swap(orphans_);
+    has_orphans_ = false;
+  }
+  for (const Orphan& orphan : all) unpin_all(orphan.event, orphan.keys, orphan.stream);
+  finish_resize();
+}
+
+// Two events may share a block that failed, and only one of them at a time may fill it. A stream's
+// own events take turns by themselves.
+bool Tiers::others_repair(const Event& event, Key key) const {
+  const auto found = repairs_.find(key);
+  return found != repairs_.end() && found->second->stream_ != event.stream_;
+}
+
+void Tiers::abandon_repairs(const Event* event) {
+  bool any = false;
+  for (auto it = repairs_.begin(); it != repairs_.end();) {
+    const bool own = it->second == event;
+    any |= own;
+    it = own ? repairs_.erase(it) : std::next(it);
+  }
+  if (any) changed_.notify_all();
+}
+
 // A waiting thread looks now and then whether it was interrupted, other threads' traffic or not.
 void Tiers::wait_changed(Lock& lock, Clock::time_point& next_poll) {
+  if (engine_.is_virtual()) {
+    lock.unlock();
+    const bool stepped = engine_.step();
+    lock.lock();
+    if (!stepped) throw ConfigError("this waits for something that isn't under way");
+    settle_ended();
+    return;
+  }
   if (next_poll == Clock::time_point{}) next_poll = Clock::now() + kPollEvery;
   changed_.wait_until(lock, next_poll);
   settle_ended();
@@ -225,7 +314,7 @@ Event::Event(std::shared_ptr<Tiers> tiers, const Key* keys, std::size_t num_keys
              std::uint64_t stream)
     : tiers_(std::move(tiers)), keys_(keys, keys + num_keys), stream_(stream) {}
 
-Event::~Event() { release(); }
+Event::~Event() { tiers_->orphan(*this); }
 
 void Event::release() { tiers_->release(*this); }
 
@@ -236,10 +325,11 @@ void Event::check_held() const {
 std::vector<std::uint32_t> Event::wait_any(std::vector<Failure>& failures) {
   Tiers::Lock lock = tiers_->lock();
   check_held();
+  tiers_->abandon_repairs(this);
   std::vector<std::uint32_t> positions;
   positions.swap(ready_);
   if (num_pending_ == 0) return positions;
-  const auto started = Tiers::Clock::now();
+  const double started = tiers_->engine_.now();
   bool waited = false;
   for (Tiers::Clock::time_point next_poll{};;) {
     for (std::uint32_t i = 0; i < tickets_.size(); ++i) {
@@ -247,10 +337,13 @@ std::vector<std::uint32_t> Event::wait_any(std::vector<Failure>& failures) {
       if (!ticket || !ticket->ended()) continue;
       tiers_->settle_load(keys_[i], *ticket);
       if (ticket->status() == Transfer::Status::cancelled) tiers_->check_open();
-      if (ticket->status() == Transfer::Status::done)
+      if (tiers_->hbm_.find(keys_[i])->state == State::ready) {  // or repaired by another event
         positions.push_back(i);
-      else
+      } else {
+        if (tiers_->others_repair(*this, keys_[i])) continue;
+        tiers_->repairs_[keys_[i]] = this;
         failures.push_back({i, ticket->error()});
+      }
       tickets_[i] = nullptr;
       --num_pending_;
     }
@@ -262,7 +355,7 @@ std::vector<std::uint32_t> Event::wait_any(std::vector<Failure>& failures) {
   }
   if (waited)
     tiers_->stats_.stall_ns +=
-        std::chrono::duration_cast<std::chrono::nanoseconds>(Tiers::Clock::now() - started).count();
+        static_cast<std::uint64_t>((tiers_->engine_.now() - started) * 1e9 + 0.5);
   return positions;
 }
 
@@ -272,6 +365,7 @@ void Event::repaired(std::uint32_t position) {
     check_held();
     Block& block = *tiers_->hbm_.find(keys_.at(position));
     if (block.state != State::failed) return;
+    tiers_->repairs_.erase(block.key);
     tiers_->hbm_.mark_ready(block);
     ++tiers_->stats_.num_repaired;
   }

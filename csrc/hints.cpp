@@ -19,6 +19,13 @@ bool HintBook::pays(Partition partition, std::uint32_t rank) const {
   return seen.num_seen >= kMinSeen && seen.num_right >= kPaysFrom * seen.num_seen;
 }
 
+double HintBook::likelihood(Partition partition, std::uint32_t rank) const {
+  const auto found = judgements_.find(partition);
+  if (found == judgements_.end() || rank >= found->second.ranks.size()) return 0.5;
+  const Rank& seen = found->second.ranks[rank];
+  return (seen.num_right + 1) / (seen.num_seen + 2);
+}
+
 std::vector<Hint> HintBook::open(std::uint64_t stream, Partition partition,
                                  std::vector<Hint> hints) {
   const Slot slot{stream, partition};

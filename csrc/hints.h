@@ -31,6 +31,8 @@ class HintBook {
   static constexpr std::uint32_t kMaxRank = 64;
 
   bool pays(Partition partition, std::uint32_t rank) const;
+  /// The share of hints of this rank that came true lately; one half before any was judged.
+  double likelihood(Partition partition, std::uint32_t rank) const;
 
   /// Keeps the hints for the next event of `partition` in `stream` (a sequence of events, such
   /// as one thread's). Returns hints that this displaces.

@@ -44,6 +44,8 @@ PlugIns& plug_ins() {
 
 }  // namespace
 
+thread_local bool PolicyCall::active_ = false;
+
 void register_policy(const std::string& name, PolicyFactory make) {
   for (const BuiltIn& policy : built_ins())
     if (policy.info.name == name)

@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "key.h"
@@ -58,6 +59,20 @@ class EvictionPolicy {
   virtual void hint(Key, double /*probability*/) {}
   /// Throws what a plug-in raised in a call that could not fail, once.
   virtual void rethrow() {}
+};
+
+/// Marks that this thread is inside a plug-in, which may not call the runtime that asks it.
+class PolicyCall {
+ public:
+  PolicyCall() : outer_(std::exchange(active_, true)) {}
+  ~PolicyCall() { active_ = outer_; }
+  PolicyCall(const PolicyCall&) = delete;
+  PolicyCall& operator=(const PolicyCall&) = delete;
+  static bool active() { return active_; }
+
+ private:
+  static thread_local bool active_;
+  bool outer_;
 };
 
 struct PolicyInfo {

@@ -27,7 +27,13 @@ void Tiers::hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bo
   for (const Hint& hint : hints)
     if (!hint.missing) hbm_.protect(*hbm_.find(hint.key), true);
 
-  for (const Hint& hint : hints) {
+  for (const Hint& hint : hints)
+    hbm_.policy().hint(hint.key, exact ? 1.0 : hints_.likelihood(partition, hint.rank));
+  const std::vector<Hint> ranked = hints;
+  for (const Hint& forgotten : hints_.open(stream, partition, std::move(hints)))
+    drop_hint(forgotten);
+
+  for (const Hint& hint : ranked) {
     if (!queue_.empty()) break;  // an event waits for the room that guesses would take
     if (!hint.missing || !(exact || hints_.pays(partition, hint.rank))) continue;
     if (hbm_.find(hint.key) != nullptr) continue;  // named twice
@@ -39,10 +45,9 @@ void Tiers::hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bo
     Block& block = *hbm_.find(hint.key);
     hbm_.protect(block, true);
     start_load(block, Priority::prefetch, hint.rank);
+    log(Happening::prefetch, hint.key);
     ++stats_.num_prefetched;
   }
-  for (const Hint& forgotten : hints_.open(stream, partition, std::move(hints)))
-    drop_hint(forgotten);
 }
 
 // The router has spoken: wrong hints are cancelled. Right ones become demands in `try_acquire`.
@@ -52,11 +57,15 @@ void Tiers::settle_hints(const Key* keys, std::size_t num_keys, std::uint64_t st
   for (const Hint& hint : hints_.take(stream, partition)) {
     const bool right = std::find(keys, keys + num_keys, hint.key) != keys + num_keys;
     hints_.judge(partition, hint, right);
-    if (!right) drop_hint(hint);
+    if (right)
+      hbm_.policy().hint(hint.key, 0);
+    else
+      drop_hint(hint);
   }
 }
 
 void Tiers::drop_hint(const Hint& hint) {
+  hbm_.policy().hint(hint.key, 0);
   Block* block = hbm_.find(hint.key);
   if (block == nullptr) return;
   hbm_.protect(*block, false);

@@ -17,6 +17,12 @@ std::size_t checked_num_threads(std::size_t num_threads) {
   return num_threads;
 }
 
+// On virtual links nothing is ever touched, so that reserved memory costs nothing.
+TransferEngine make_engine(const TiersConfig& config, Device& device) {
+  if (config.virtual_links) return TransferEngine(*config.virtual_links);
+  return TransferEngine(checked_num_threads(config.num_io_threads), device);
+}
+
 }  // namespace
 
 Tiers::Tiers(const TiersConfig& config, std::unique_ptr<Device> device, Poll poll)
@@ -26,7 +32,7 @@ Tiers::Tiers(const TiersConfig& config, std::unique_ptr<Device> device, Poll pol
       dram_(Arena(config.dram_nbytes, config.dram_reserved), make_policy(config.eviction)),
       has_dram_(config.dram_nbytes > 0),
       max_guessed_nbytes_(config.hbm_nbytes / kGuessShare),
-      engine_(checked_num_threads(config.num_io_threads), *device_) {
+      engine_(make_engine(config, *device_)) {
   if (!device_->host_accessible())
     throw ConfigError("I/O threads can't write into this device's memory");
   hbm_memory_ = device_->allocate(hbm_.arena().reserved());
@@ -42,9 +48,15 @@ void Tiers::destroy(Tiers* tiers) {
 Tiers::Lock Tiers::lock() {
   if (forked())
     throw RuntimeClosed("a runtime stays in the process that made it; make one in the child");
+  refuse_in_policy();
   Lock held(mutex_);
   settle_ended();
   return held;
+}
+
+void Tiers::refuse_in_policy() {
+  if (PolicyCall::active())
+    throw ConfigError("a policy can't call a runtime: policies choose, the runtime acts");
 }
 
 void Tiers::check_open() const {
@@ -59,6 +71,8 @@ void Tiers::add_blocks(const std::vector<Key>& keys, std::vector<Source> extents
   for (std::size_t i = 0; i < keys.size(); ++i) {
     if (!extents[i] || extents[i]->nbytes == 0)
       throw ConfigError("block " + std::to_string(keys[i]) + " is empty: a block has bytes");
+    if (!extents[i]->file && !engine_.is_virtual())
+      throw ConfigError("blocks that lie nowhere are for virtual links");
     const Source* known = sources_.find(keys[i]);
     if (known != nullptr && (*known)->nbytes != extents[i]->nbytes)
       throw ConfigError("block " + std::to_string(keys[i]) +
@@ -131,6 +145,7 @@ void Tiers::on_end(Ended ended) {
 }
 
 void Tiers::settle_ended() {
+  release_orphans();
   if (ended_.empty()) return;
   std::vector<Ended> all;
   all.swap(ended_);
@@ -178,6 +193,7 @@ void Tiers::settle_load(Key key, const Transfer& transfer) {
 // that nobody used and blocks of emptied slabs aren't worth, or can't have, a copy.
 void Tiers::handle_victims(const std::vector<Victim>& victims, Priority priority) {
   for (const Victim& victim : victims) {
+    log(Happening::evict, victim.key);
     if (victim.unused_guess) stats_.nbytes_prefetch_wasted += victim.nbytes;
     if (!has_dram_) continue;
     if (Block* copy = dram_.find(victim.key))
@@ -190,7 +206,13 @@ void Tiers::handle_victims(const std::vector<Victim>& victims, Priority priority
 // Does nothing if DRAM has no room now.
 void Tiers::start_demotion(const Victim& victim, Priority priority) {
   std::vector<Victim> dropped;
-  if (dram_.admit({{victim.key, victim.nbytes}}, Entry::demanded, dropped) != Admission::ok) return;
+  try {
+    if (dram_.admit({{victim.key, victim.nbytes}}, Entry::demanded, dropped) != Admission::ok)
+      return;
+  } catch (const PolicyError&) {  // the block has left HBM already: it does without the copy
+    policy_error_ = std::current_exception();
+    return;
+  }
   auto transfer = std::make_shared<Transfer>();
   transfer->link = Link::hbm_to_dram;
   transfer->due = clock_;
@@ -275,8 +297,12 @@ bool Tiers::resize(Residency& residency, Memory& memory, std::uint64_t nbytes) {
 void Tiers::finish_resize() {
   if (closed_) return;
   const auto over = [](const Arena& arena) { return arena.nbytes_cut() > arena.budget(); };
-  if (over(hbm_.arena())) resize(hbm_, *hbm_memory_, hbm_.arena().budget());
-  if (over(dram_.arena())) resize(dram_, *dram_memory_, dram_.arena().budget());
+  try {
+    if (over(hbm_.arena())) resize(hbm_, *hbm_memory_, hbm_.arena().budget());
+    if (over(dram_.arena())) resize(dram_, *dram_memory_, dram_.arena().budget());
+  } catch (const PolicyError&) {  // callers that release may not fail; the next acquire throws it
+    policy_error_ = std::current_exception();
+  }
 }
 
 bool Tiers::resize_hbm(std::uint64_t nbytes) {
@@ -300,6 +326,32 @@ void Tiers::throttle(Link link, double bytes_per_second) {
   if (!(bytes_per_second >= 0)) throw ConfigError("a link's rate is at least 0 bytes per second");
   const Lock held = lock();
   engine_.throttle(link, bytes_per_second);
+}
+
+double Tiers::now() {
+  const Lock held = lock();
+  return engine_.now();
+}
+
+void Tiers::advance(double seconds) {
+  {
+    const Lock held = lock();
+    check_open();
+    if (!engine_.is_virtual()) throw ConfigError("advance: this runtime runs on real time");
+  }
+  engine_.advance(seconds);  // transfers that end take the lock
+}
+
+void Tiers::keep_log(bool on) {
+  const Lock held = lock();
+  logging_ = on;
+}
+
+std::vector<LogEntry> Tiers::take_log() {
+  const Lock held = lock();
+  std::vector<LogEntry> taken;
+  taken.swap(log_);
+  return taken;
 }
 
 std::shared_ptr<Memory> Tiers::hbm_memory() {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -17,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -37,6 +39,23 @@ struct TiersConfig {
   std::uint64_t dram_reserved = 0;
   std::string eviction = "lru";
   std::size_t num_io_threads = 4;
+  /// Virtual links: no bytes move, and time passes on a virtual clock.
+  std::optional<LinkSpeeds> virtual_links;
+};
+
+/// What happened to a block, in the order of the decisions.
+enum class Happening : std::uint8_t {
+  event,      // begins; the key is the first of its keys
+  hit,        // in HBM
+  in_flight,  // on its way by a hint or another event
+  dram_hit,
+  nvme_read,
+  prefetch,  // a hint became a transfer
+  evict,     // left HBM
+};
+struct LogEntry {
+  Happening happening;
+  Key key;
 };
 
 /// Counts since the start. Hits and misses count keys of events, a key in flight is no hit.
@@ -78,7 +97,8 @@ class Event {
   /// HBM slots (byte offsets), by position in `keys`.
   const std::vector<Slot>& slots() const { return slots_; }
   /// Positions whose bytes are in place and that no earlier call returned. Waits until there is
-  /// one; empty when all have been returned. `failures` gets the positions whose transfer failed.
+  /// one; empty when all have been returned. `failures` gets the positions whose transfer failed:
+  /// theirs to repair until the next call; other streams' events with these blocks wait meanwhile.
   /// Throws RuntimeClosed, ConfigError after `release`.
   std::vector<std::uint32_t> wait_any(std::vector<Failure>& failures);
   /// The caller has filled the slot of a failed position itself. Throws ConfigError after
@@ -151,6 +171,16 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   /// Throws ConfigError for a negative rate; 0 is no limit.
   void throttle(Link link, double bytes_per_second);
 
+  /// Seconds on this runtime's clock.
+  double now();
+  /// Lets time pass on a virtual clock, as computing would. Throws ConfigError on a real one.
+  void advance(double seconds);
+
+  /// Starts or ends keeping a log.
+  void keep_log(bool on);
+  /// What was logged since the last call.
+  std::vector<LogEntry> take_log();
+
   TiersStats stats();
   std::map<Partition, HintBook::Precision> precision();
   std::uint64_t hbm_nbytes_used();
@@ -169,6 +199,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
 
   bool forked() const { return generation_ != process_generation(); }
   Lock lock();
+  static void refuse_in_policy();
   void check_open() const;
   const Source& source_of(Key key) const;
   Admission try_acquire(Event& event);
@@ -176,6 +207,13 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   bool can_join(const Block& block);
   void join(Event& event, std::size_t position, Block& block);
   void load(Event& event, std::size_t position, Block& block);
+  void begin_event(const Event& event);
+  void abandon_repairs(const Event* event);
+  bool others_repair(const Event& event, Key key) const;
+  void log(Happening happening, Key key) {
+    if (logging_) log_.push_back({happening, key});
+  }
+  void rethrow_policy_errors();
   void wait_for_room(Lock& lock, Event& event);
   bool cancel_guesses(const Event& event);
   bool cancel_load(Key key);
@@ -195,6 +233,9 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   void settle_load(Key key, const Transfer& transfer);
   void wait_changed(Lock& lock, Clock::time_point& next_poll);
   void release(Event& event);
+  void unpin_all(const Event* event, const std::vector<Key>& keys, std::uint64_t stream);
+  void orphan(Event& event);
+  void release_orphans();
   bool resize(Residency& residency, Memory& memory, std::uint64_t nbytes);
   void finish_resize();
   std::byte* hbm(Slot slot) const { return hbm_memory_->data() + slot; }
@@ -217,10 +258,24 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   std::vector<Ended> ended_;                   // transfers not yet in the accounts
   std::deque<const Event*> queue_;             // waiting for room, oldest first
   std::unordered_map<std::uint64_t, std::uint32_t> holders_;  // unreleased events by stream
+  std::unordered_map<Key, const Event*> repairs_;  // failed blocks that an event may be filling now
   HintBook hints_;
   std::uint64_t clock_ = 0;  // events and hints so far: orders prefetches
   TiersStats stats_;
-  TransferEngine engine_;  // last: its threads end before the rest goes
+  // Events whose owners went without a release, by their keys and streams: settled by the next
+  // caller, since a garbage collection may end an event anywhere, a policy's call included.
+  struct Orphan {
+    std::vector<Key> keys;
+    std::uint64_t stream;
+    const Event* event;
+  };
+  std::mutex orphans_mutex_;
+  std::vector<Orphan> orphans_;
+  std::atomic<bool> has_orphans_{false};
+  bool logging_ = false;
+  std::vector<LogEntry> log_;
+  std::exception_ptr policy_error_;  // a plug-in's, where it couldn't be thrown
+  TransferEngine engine_;            // last: its threads end before the rest goes
 };
 
 }  // namespace tiered_mem

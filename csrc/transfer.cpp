@@ -26,7 +26,11 @@ std::uint32_t Transfer::num_chunks() const {
   return static_cast<std::uint32_t>((nbytes + kChunk - 1) / kChunk);
 }
 
-TransferEngine::TransferEngine(std::size_t num_threads, Device& device) : device_(device) {
+std::uint64_t Transfer::chunk_nbytes(std::uint32_t chunk) const {
+  return extent ? extent->chunks[chunk].stored_nbytes : std::min(kChunk, nbytes - chunk * kChunk);
+}
+
+TransferEngine::TransferEngine(std::size_t num_threads, Device& device) : device_(&device) {
   for (std::size_t i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
 }
 
@@ -107,6 +111,7 @@ void TransferEngine::stop() {
       transfer->abandoned_ = true;
       if (transfer->num_in_flight_ == 0) finish(lock, transfer);
     }
+  for (; !landings_.empty(); landings_.pop()) land(lock, landings_.top().claim, nullptr);
   quiet_.wait(lock, [this] { return num_open_ == 0; });
   closing_ = true;
   lock.unlock();
@@ -142,12 +147,14 @@ bool TransferEngine::may_start(const Transfer& transfer) const {
   return busy[0] + busy[1] == 0;
 }
 
-bool TransferEngine::claim(Claim& claim) {
-  return claim_from(demand_, claim) || claim_from(prefetch_, claim);
+// The next chunk to move, of one link alone if `only` says so.
+bool TransferEngine::claim(Claim& claim, const Link* only) {
+  return claim_from(demand_, claim, only) || claim_from(prefetch_, claim, only);
 }
 
-bool TransferEngine::claim_from(Queue& queue, Claim& claim) {
+bool TransferEngine::claim_from(Queue& queue, Claim& claim, const Link* only) {
   for (auto it = queue.begin(); it != queue.end(); ++it) {
+    if (only != nullptr && (*it)->link != *only) continue;
     const std::shared_ptr<Transfer> transfer = *it;
     if (!may_start(*transfer)) continue;
     claim = {transfer, transfer->next_chunk_++};
@@ -166,11 +173,7 @@ void TransferEngine::work() {
     Claim mine;
     wake_.wait(lock, [&] { return closing_ || claim(mine); });
     if (!mine.transfer) return;
-    Transfer& transfer = *mine.transfer;
     std::exception_ptr error;
-    const std::uint64_t first = mine.chunk * kChunk;
-    const std::uint64_t nbytes = transfer.extent ? transfer.extent->chunks[mine.chunk].stored_nbytes
-                                                 : std::min(kChunk, transfer.nbytes - first);
     lock.unlock();
     try {
       move_chunk(mine, scratch);
@@ -178,24 +181,78 @@ void TransferEngine::work() {
       error = std::current_exception();
     }
     lock.lock();
-    wait_for_turn(transfer.link, nbytes, lock);
-
-    nbytes_moved_[static_cast<std::size_t>(transfer.link)] += nbytes;
-    transfer.nbytes_moved_ += nbytes;
-    --transfer.num_in_flight_;
-    --num_in_flight(transfer);
-    // A cancelled transfer's error counts too: the transfer may be raised again.
-    if (error && !transfer.error_) {
-      transfer.error_ = error;
-      transfer.abandoned_ = true;
-      Queue& queue = transfer.priority_ == Priority::demand ? demand_ : prefetch_;
-      queue.erase(std::remove(queue.begin(), queue.end(), mine.transfer), queue.end());
-    }
-    const bool all_claimed = transfer.next_chunk_ >= transfer.num_chunks();
-    if (transfer.num_in_flight_ == 0 && (transfer.abandoned_ || all_claimed))
-      finish(lock, mine.transfer);
-    wake_.notify_all();
+    wait_for_turn(mine.transfer->link, mine.transfer->chunk_nbytes(mine.chunk), lock);
+    land(lock, mine, error);
   }
+}
+
+// A claimed chunk has arrived, or failed to.
+void TransferEngine::land(std::unique_lock<std::mutex>& lock, const Claim& claim,
+                          std::exception_ptr error) {
+  Transfer& transfer = *claim.transfer;
+  const std::uint64_t nbytes = transfer.chunk_nbytes(claim.chunk);
+  nbytes_moved_[static_cast<std::size_t>(transfer.link)] += nbytes;
+  transfer.nbytes_moved_ += nbytes;
+  --transfer.num_in_flight_;
+  --num_in_flight(transfer);
+  // A cancelled transfer's error counts too: the transfer may be raised again.
+  if (error && !transfer.error_) {
+    transfer.error_ = error;
+    transfer.abandoned_ = true;
+    Queue& queue = transfer.priority_ == Priority::demand ? demand_ : prefetch_;
+    queue.erase(std::remove(queue.begin(), queue.end(), claim.transfer), queue.end());
+  }
+  const bool all_claimed = transfer.next_chunk_ >= transfer.num_chunks();
+  if (transfer.num_in_flight_ == 0 && (transfer.abandoned_ || all_claimed))
+    finish(lock, claim.transfer);
+  wake_.notify_all();
+}
+
+// --- the virtual clock ---
+
+TransferEngine::TransferEngine(const LinkSpeeds& speeds) : device_(nullptr), speeds_(speeds) {
+  for (const LinkSpeed& speed : speeds)
+    if (!(speed.bytes_per_second > 0) || !(speed.latency >= 0))
+      throw ConfigError("a link needs a speed above 0 bytes per second and a latency from 0 on");
+}
+
+double TransferEngine::now() const { return is_virtual() ? now_ : seconds_now(); }
+
+// Every link that is free takes its next chunk.
+void TransferEngine::start_virtual() {
+  for (std::size_t i = 0; i < kNumLinks; ++i) {
+    const Link link = static_cast<Link>(i);
+    Claim claimed;
+    if (free_at_[i] > now_ || !claim(claimed, &link)) continue;
+    const std::uint64_t nbytes = claimed.transfer->chunk_nbytes(claimed.chunk);
+    free_at_[i] = now_ + static_cast<double>(nbytes) / speeds_[i].bytes_per_second;
+    landings_.push({free_at_[i] + speeds_[i].latency, num_started_++, std::move(claimed)});
+  }
+}
+
+bool TransferEngine::step_until(double limit) {
+  std::unique_lock lock(mutex_);
+  start_virtual();
+  double next = landings_.empty() ? kForever : landings_.top().at;
+  for (double at : free_at_)
+    if (at > now_) next = std::min(next, at);
+  if (next >= kForever || next > limit) return false;
+  now_ = next;
+  while (!landings_.empty() && landings_.top().at <= now_) {
+    const Claim arrived = landings_.top().claim;
+    landings_.pop();
+    land(lock, arrived, nullptr);
+  }
+  start_virtual();
+  return true;
+}
+
+void TransferEngine::advance(double seconds) {
+  if (!(seconds >= 0)) throw ConfigError("a clock goes forward: give seconds from 0 on");
+  const double until = now_ + seconds;
+  while (step_until(until)) {
+  }
+  now_ = until;
 }
 
 void TransferEngine::move_chunk(const Claim& claim, Scratch& scratch) {
@@ -208,7 +265,7 @@ void TransferEngine::move_chunk(const Claim& claim, Scratch& scratch) {
   if (transfer.fed_by && transfer.fed_by->status() != Transfer::Status::done)
     throw Error("the block was to be copied from a copy that didn't arrive");
   const std::uint64_t nbytes = std::min(kChunk, transfer.nbytes - first);
-  device_.wait(device_.copy_async(transfer.target + first, transfer.source + first, nbytes));
+  device_->wait(device_->copy_async(transfer.target + first, transfer.source + first, nbytes));
 }
 
 // A throttled link carries one chunk after the other, each as long as its bytes take.

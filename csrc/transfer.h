@@ -3,8 +3,13 @@
 // Demand overtakes prefetch at the next chunk. A prefetch chunk starts only while nothing else is
 // in flight on its link, one at a time, so a wrong guess costs a demand at most the one chunk that
 // is under way. The threads know nothing of Python, policies or residency.
+//
+// An engine over virtual links has no threads and moves no bytes: its chunks take the time that
+// such links would need, on a clock that goes on when its owner says so. What is queued, claimed,
+// overtaken, raised and cancelled is decided by the same code.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -13,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <queue>
 #include <string>
 #include <thread>
 #include <vector>
@@ -28,6 +34,14 @@ enum class Priority : std::uint8_t { demand, prefetch };
 enum class Link : std::uint8_t { nvme_to_hbm, dram_to_hbm, hbm_to_dram };
 constexpr std::size_t kNumLinks = 3;
 const char* link_name(Link link);
+
+/// A virtual link: how many bytes a second it carries, and the seconds from the last byte's start
+/// until they have arrived. Its chunks follow one another without waiting for arrivals.
+struct LinkSpeed {
+  double bytes_per_second = 0;
+  double latency = 0;
+};
+using LinkSpeeds = std::array<LinkSpeed, kNumLinks>;
 
 /// One block on its way: the ticket. Holds its buffers until it is done.
 class Transfer : public std::enable_shared_from_this<Transfer> {
@@ -62,6 +76,7 @@ class Transfer : public std::enable_shared_from_this<Transfer> {
  private:
   friend class TransferEngine;
   std::uint32_t num_chunks() const;
+  std::uint64_t chunk_nbytes(std::uint32_t chunk) const;  // as the link sees them
 
   Priority priority_ = Priority::demand;
   std::uint32_t next_chunk_ = 0;     // the first that no thread has claimed
@@ -76,6 +91,8 @@ class TransferEngine {
  public:
   /// `device` copies between memories and outlives the engine.
   TransferEngine(std::size_t num_threads, Device& device);
+  /// An engine on a virtual clock. Throws ConfigError unless every link has a speed.
+  explicit TransferEngine(const LinkSpeeds& speeds);
   /// Cancels what hasn't started and waits for the chunks in flight.
   ~TransferEngine();
   TransferEngine(const TransferEngine&) = delete;
@@ -97,6 +114,15 @@ class TransferEngine {
   /// Chunks that wait for their turn at the old rate go on at once.
   void throttle(Link link, double bytes_per_second);
 
+  bool is_virtual() const { return device_ == nullptr; }
+  /// Seconds on this engine's clock.
+  double now() const;
+  /// Virtual: goes on to the next moment at which a link gets free or a chunk arrives. False if
+  /// there is none.
+  bool step() { return step_until(kForever); }
+  /// Virtual: lets so many seconds pass.
+  void advance(double seconds);
+
   /// Bytes of all chunks that were moved, by link, those of cancelled transfers included.
   std::uint64_t nbytes_moved(Link link) const;
 
@@ -107,9 +133,14 @@ class TransferEngine {
     std::uint32_t chunk = 0;
   };
 
+  static constexpr double kForever = 1e300;
+
   void work();
-  bool claim(Claim& claim);
-  bool claim_from(Queue& queue, Claim& claim);
+  bool claim(Claim& claim, const Link* only = nullptr);
+  bool claim_from(Queue& queue, Claim& claim, const Link* only);
+  void land(std::unique_lock<std::mutex>& lock, const Claim& claim, std::exception_ptr error);
+  bool step_until(double limit);
+  void start_virtual();
   bool may_start(const Transfer& transfer) const;
   std::size_t& num_in_flight(const Transfer& transfer);
   void enqueue(const std::shared_ptr<Transfer>& transfer);
@@ -119,7 +150,7 @@ class TransferEngine {
   void finish(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Transfer>& transfer);
   void end(Transfer& transfer);
 
-  Device& device_;
+  Device* device_;  // null: virtual
   mutable std::mutex mutex_;
   std::condition_variable wake_;                  // work came, a dependency ended, or stop
   std::condition_variable quiet_;                 // a transfer ended
@@ -136,6 +167,21 @@ class TransferEngine {
   Pace pace_[kNumLinks];
   std::uint64_t nbytes_moved_[kNumLinks] = {};
   std::vector<std::thread> threads_;
+
+  // The virtual clock.
+  struct Landing {
+    double at;
+    std::uint64_t number;  // chunks that arrive together do so in the order they started
+    Claim claim;
+    bool operator>(const Landing& other) const {
+      return at != other.at ? at > other.at : number > other.number;
+    }
+  };
+  LinkSpeeds speeds_{};
+  std::array<double, kNumLinks> free_at_{};
+  std::priority_queue<Landing, std::vector<Landing>, std::greater<>> landings_;
+  std::uint64_t num_started_ = 0;
+  double now_ = 0;
 };
 
 }  // namespace tiered_mem

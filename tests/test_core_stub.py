@@ -8,8 +8,8 @@ from pathlib import Path
 
 # pybind11's classes have its metaclass, and a default __init__ where they can't be made.
 ALLOWED = """
-tiered_mem\\._core\\.(Event|Extent|File|Memory|Residency|Tiers)
-tiered_mem\\._core\\.(Event|Memory)\\.__init__
+tiered_mem\\._core\\.(Event|Evictable|Extent|File|Memory|Residency|Tiers)
+tiered_mem\\._core\\.(Event|Evictable|Memory)\\.__init__
 """
 
 

@@ -107,7 +107,7 @@ def test_policies_know_only_keys_and_errors() -> None:
     allowed = {"numpy", "tiered_mem.errors", "tiered_mem.keys", "tiered_mem.plugins"}
     for path in (ROOT / "policies").rglob("*.py"):
         assert {name for name in imports(path) if not is_in(name, allowed)} == set(), path
-    types = {"error.h", "flat_map.h", "key.h", "policy.h"}
+    types = {"error.h", "flat_map.h", "key.h", "policy.h", "recency_list.h"}
     headers = {
         str(path.relative_to(ROOT / "policies")) for path in (ROOT / "policies").rglob("*.h")
     }
@@ -133,4 +133,5 @@ def test_the_adapter_knows_no_command() -> None:
 def test_csrc_sees_python_only_in_bindings() -> None:
     foreign = re.compile(r"pybind11|Python\.h|torch|ATen|cuda", re.IGNORECASE)
     found = {p.name for p in (ROOT / "csrc").glob("*.*") if any(map(foreign.search, includes(p)))}
-    assert found == {"bindings.cpp"}
+    assert found == {"bindings.cpp", "bindings.h"}
+    assert all("bindings.h" in includes(p) for p in (ROOT / "csrc").glob("bindings*.cpp"))

@@ -126,8 +126,16 @@ def test_hbm_shrinks_before_an_event_starts(store: Store, monkeypatch: pytest.Mo
     with Runtime(2 * SLOT) as runtime:
         space = runtime.attach(store)
         planned = iter([NUM_EXPERTS])  # as it was before a shrink that came in between
-        wave_size = space._wave_size
-        monkeypatch.setattr(space, "_wave_size", lambda *args: next(planned, wave_size(*args)))
+        tiers = space.tiers
+
+        class Before:  # the tiers, that say they hold more
+            def __getattr__(self, name: str) -> object:
+                return getattr(tiers, name)
+
+            def max_event(self, nbytes: int) -> int:
+                return next(planned, tiers.max_event(nbytes))
+
+        monkeypatch.setattr(space, "tiers", Before())
         read(space, 0, list(range(NUM_EXPERTS)))
         read(space, 0, [])
 
@@ -220,7 +228,7 @@ def test_a_block_without_its_source(store: Store, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="twice"):
             space.begin(0, [1, 1])
         with pytest.raises(ChecksumError, match="expert 3 of layer 1 has no source"):
-            space._mend(1, 3, 0, ChecksumError("damaged"))
+            space.mend(BlockKey(Kind.EXPERT, 1, 3), 0, ChecksumError("damaged"))
 
 
 # --- the end ---

@@ -1,6 +1,6 @@
 # The C++ extension, built from csrc/.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -115,10 +115,17 @@ class Tiers:
         dram_reserved: int = 0,
         eviction: str = "lru",
         num_io_threads: int = 4,
+        virtual_links: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
-        """Raises `ConfigError`, `BudgetError`."""
+        """Raises `ConfigError`, `BudgetError`.
+
+        With `virtual_links`, (bytes per second, seconds of latency) by link, no bytes move and time
+        passes on a virtual clock: for one thread.
+        """
     def add_blocks(self, keys: npt.ArrayLike, extents: Sequence[Extent]) -> None:
         """Tell where blocks come from. Raises `ConfigError`."""
+    def add_virtual_blocks(self, keys: npt.ArrayLike, nbytes: npt.ArrayLike) -> None:
+        """Tell of blocks that lie nowhere, for virtual links. Raises `ConfigError`."""
     def remove_space(self, space: int) -> None:
         """Forget a model's blocks, waiting for its transfers and events."""
     @overload
@@ -149,6 +156,14 @@ class Tiers:
         """Return False if pins or transfers hold memory back until they end."""
     def resize_dram(self, nbytes: int) -> bool: ...
     def throttle(self, link: str, bytes_per_second: float) -> None: ...
+    def now(self) -> float:
+        """Return the seconds on the runtime's clock."""
+    def advance(self, seconds: float) -> None:
+        """Let time pass on a virtual clock. Raises `ConfigError` on a real one."""
+    def keep_log(self, on: bool) -> None:
+        """Start or end keeping a log of what happens to blocks."""
+    def take_log(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
+        """Return (index into `HAPPENINGS`, key) of what was logged since the last call."""
     def stats(self) -> dict[str, Any]: ...
     def precision(self) -> dict[int, tuple[int, int, bool]]:
         """Return, by partition (key >> 32), (hints, hints that were right, hints pay)."""
@@ -157,6 +172,18 @@ class Tiers:
     def closed(self) -> bool: ...
     def close(self) -> None:
         """Cancel transfers, wake waiting events with `RuntimeClosedError`, give memory up."""
+
+HAPPENINGS: tuple[str, ...]
+
+# --- policies ---
+
+class Evictable:
+    """Says whether a block may be evicted now. Given to `EvictionPolicy.evict`."""
+
+    def __call__(self, key: int) -> bool: ...
+
+def register_eviction(name: str, factory: Callable[[], Any]) -> None:
+    """Make a policy in Python known. Raises `ConfigError` for a built-in's name."""
 
 def eviction_policies() -> list[tuple[str, str, str]]:
     """Return (name, summary, source) of every policy."""

@@ -69,7 +69,7 @@ class AlreadyWrappedError(TieredMemError):
 
 
 class TraceError(TieredMemError, ValueError):
-    """A trace that can't be read, or can't be used for this. Names the file, and the line if any."""
+    """A trace that can't be read, or can't be used for this. Names the file and the line."""
 
 
 class PolicyError(TieredMemError):

@@ -19,6 +19,7 @@ from tiered_mem import _core
 from tiered_mem.config import Budgets, format_size
 from tiered_mem.errors import BudgetError, ConfigError, TieredMemError
 from tiered_mem.memory_watch import MemoryWatch
+from tiered_mem.policy import EvictionPolicy, resolve_eviction
 from tiered_mem.space import Repair, Space
 from tiered_mem.stats import Stats
 from tiered_mem.store import Store
@@ -32,12 +33,18 @@ _LEAST_SHARE = 16  # of the HBM it started with, a runtime keeps one part in so 
 class Runtime:
     """HBM and DRAM of `hbm` and `dram` bytes, shared by any number of models and threads.
 
-    `eviction` names a policy (`tiered-mem policies` lists them). Raises `ConfigError` for an
-    unknown one, `BudgetError` for budgets that can't be had.
+    `eviction` names a policy (`tiered-mem policies` lists them) or is a class derived from
+    `tiered_mem.policy.EvictionPolicy`. Raises `ConfigError` for an unknown one, `PolicyError` for a
+    plug-in that can't be had, `BudgetError` for budgets that can't.
     """
 
     def __init__(
-        self, hbm: int, dram: int = 0, *, eviction: str = "lru", num_io_threads: int = 4
+        self,
+        hbm: int,
+        dram: int = 0,
+        *,
+        eviction: str | type[EvictionPolicy] = "lru",
+        num_io_threads: int = 4,
     ) -> None:
         budgets = Budgets.resolve(hbm, dram, whole=0)
         if num_io_threads < 1:
@@ -45,19 +52,23 @@ class Runtime:
         self._start(budgets, eviction, num_io_threads)
 
     @classmethod
-    def from_budgets(cls, budgets: Budgets, *, eviction: str, num_io_threads: int = 4) -> Runtime:
+    def from_budgets(
+        cls, budgets: Budgets, *, eviction: str | type[EvictionPolicy], num_io_threads: int = 4
+    ) -> Runtime:
         """Make a runtime whose `auto` budgets follow the memory that the machine has left."""
         runtime = cls.__new__(cls)
         runtime._start(budgets, eviction, num_io_threads)
         return runtime
 
-    def _start(self, budgets: Budgets, eviction: str, num_io_threads: int) -> None:
-        self.eviction = eviction
+    def _start(
+        self, budgets: Budgets, eviction: str | type[EvictionPolicy], num_io_threads: int
+    ) -> None:
+        self.eviction = resolve_eviction(eviction)
         self._budgets = self._budgets_at_start = budgets
         # Re-entrant: the garbage collector may close a model in the middle of anything.
         self._lock = threading.RLock()
         self._spaces: dict[int, Space] = {}
-        self._tiers = _make_tiers(budgets, eviction, num_io_threads)
+        self._tiers = _make_tiers(budgets, self.eviction, num_io_threads)
         self._watch = MemoryWatch(self) if budgets.auto_hbm or budgets.auto_dram else None
 
     @property

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from tiered_mem.catalogue import ALIGNMENT, round_up
-from tiered_mem.errors import ChecksumError, ConfigError, EventTooLargeError, RuntimeClosedError
-from tiered_mem.keys import BlockKey, Kind
+from tiered_mem.errors import ChecksumError, ConfigError, RuntimeClosedError
+from tiered_mem.keys import BlockKey
+from tiered_mem.reading import GIVEN_BACK, Reading
 from tiered_mem.store import Store
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NUM_HINTS_TO_JUDGE = 256
-_GIVEN_BACK = "this model's blocks were given back: load it again to use it"
-
 #: Fills `out` (uint8) with the bytes of a block that is damaged in the store, from their source.
 Repair = Callable[[BlockKey, npt.NDArray[np.uint8]], None]
 
@@ -35,7 +34,7 @@ class Space:
         self._number = number
         self._store = store
         self._repair = repair
-        self._tiers = runtime._tiers
+        self.tiers = runtime._tiers
         # Places are right as long as this read transaction is open.
         self._snapshot = store.snapshot()
         self._nbytes: dict[int, int] = {}
@@ -43,7 +42,7 @@ class Space:
         self._bases: dict[int, np.uint64] = {}
         self._closed = False
         try:
-            self.memory = np.frombuffer(memoryview(self._tiers.hbm_memory()), np.uint8)
+            self.memory = np.frombuffer(memoryview(self.tiers.hbm_memory()), np.uint8)
             self._add_blocks()
         except BaseException:
             self._snapshot.close()
@@ -65,7 +64,7 @@ class Space:
                 base = BlockKey(key.kind, key.layer, 0, self._number).pack()
                 self._bases[key.layer] = np.uint64(base)
         named = np.array([key._replace(space=self._number).pack() for key in keys], np.uint64)
-        self._tiers.add_blocks(named, extents)
+        self.tiers.add_blocks(named, extents)
         layers = np.array([key.layer for key in keys])
         self._layers = {layer: named[layers == layer] for layer in self._nbytes}
         self.largest_slot = round_up(max(self._nbytes.values(), default=0), ALIGNMENT)
@@ -80,30 +79,31 @@ class Space:
         Raises `RuntimeClosedError`, `ConfigError` for unknown blocks, `EventTooLargeError` if not
         even one block fits.
         """
-        return Reading(self, layer, indices)
+        keys = self._keys(layer, indices)
+        return Reading(self, keys, self._nbytes[layer], threading.get_ident())
 
     def hint(self, layer: int, indices: Sequence[int], *, exact: bool = False) -> None:
         """Predict the next event of `layer`, the likeliest block first. Moves nothing by itself."""
         if len(indices) and not self._closed:
             try:
-                self._tiers.hint(self._keys(layer, indices), threading.get_ident(), exact)
+                self.tiers.hint(self._keys(layer, indices), threading.get_ident(), exact)
             except (RuntimeClosedError, ConfigError):
                 if not self.closed:
                     raise
 
     def resident(self, layer: int, index: int) -> bool:
         """Whether a block is in HBM and ready."""
-        return bool(self._tiers.resident(int(self._bases[layer]) | index))
+        return bool(self.tiers.resident(int(self._bases[layer]) | index))
 
     def layer_resident(self, layer: int) -> bool:
         """Whether all blocks of a layer are in HBM and ready: then no prediction can help it."""
         keys = self._layers[layer]
-        return self._tiers.num_resident(keys) == len(keys)
+        return self.tiers.num_resident(keys) == len(keys)
 
     def precision(self) -> dict[int, tuple[int, int, bool]]:
         """Return, by layer, (hints of missing blocks, those that came true, prefetch is on)."""
         own = range(self._number << 16, (self._number + 1) << 16)
-        seen = self._tiers.precision().items()
+        seen = self.tiers.precision().items()
         return {p & 0xFFFF: v for p, v in seen if p & 0xFFFFFF in own}
 
     def prefetch_pays(self, layer: int) -> bool:
@@ -120,7 +120,7 @@ class Space:
         `RuntimeClosedError`, `TransferError`, `ChecksumError`.
         """
         if self.closed:
-            raise RuntimeClosedError(_GIVEN_BACK)
+            raise RuntimeClosedError(GIVEN_BACK)
         budgets, used = self.runtime.budgets, self.runtime.nbytes_used()
         room = [budgets.dram - used["dram"], budgets.hbm - used["hbm"]]
         chosen: dict[int, list[int]] = {}
@@ -146,7 +146,7 @@ class Space:
         if self._closed:
             return
         self._closed = True
-        self._tiers.remove_space(self._number)
+        self.tiers.remove_space(self._number)
         self.memory = np.empty(0, np.uint8)
         self._snapshot.close()
         with self.runtime._lock:
@@ -154,7 +154,7 @@ class Space:
 
     def _keys(self, layer: int, indices: Sequence[int]) -> npt.NDArray[np.uint64]:
         if self._closed:
-            raise RuntimeClosedError(_GIVEN_BACK)
+            raise RuntimeClosedError(GIVEN_BACK)
         try:
             base = self._bases[layer]
         except KeyError:
@@ -168,14 +168,13 @@ class Space:
             )
         return np.array(indices, np.uint64) | base
 
-    def _wave_size(self, layer: int, num_blocks: int) -> int:
-        """All blocks at once if they fit; else half the slots, so that the next wave can load."""
-        limit = self._tiers.max_event(self._nbytes[layer])
-        return num_blocks if num_blocks <= limit else max(1, limit // 2)
+    @property
+    def given_back(self) -> bool:
+        return self._closed
 
-    def _mend(self, layer: int, index: int, slot: int, error: ChecksumError) -> None:
+    def mend(self, key: BlockKey, slot: int, error: ChecksumError) -> None:
         """Fill the slot of a block that is damaged in the store from its source."""
-        key = BlockKey(Kind.EXPERT, layer, index)
+        key = key._replace(space=0)
         if self._repair is None:
             raise ChecksumError(f"{key} has no source to be read from again: {error}") from error
         logger.warning(
@@ -183,109 +182,4 @@ class Space:
             key,
             error,
         )
-        self._repair(key, self.memory[slot : slot + self._nbytes[layer]])
-
-
-class _Wave(NamedTuple):
-    """A part of an event that holds its slots, and its blocks' positions in the event."""
-
-    event: Any
-    positions: Sequence[int]
-
-
-class Reading:
-    """An event under way: iterate over it to get (position, slot) as the blocks arrive.
-
-    Use it in a `with` statement. A body that fails would otherwise leave the blocks pinned for as
-    long as something (a traceback) refers to the iteration.
-
-    A slot (byte offset into `Space.memory`) is good until the next step of the iteration after
-    which the event's wave ends; don't keep views of it beyond the loop. An event with more blocks
-    than HBM has slots runs in waves, present blocks first, the next wave loading meanwhile.
-    """
-
-    __slots__ = ("_ahead", "_current", "_indices", "_keys", "_layer", "_space", "_stream", "_waves")
-
-    def __init__(self, space: Space, layer: int, indices: Sequence[int]) -> None:
-        self._space = space
-        self._layer = layer
-        self._indices = indices
-        self._keys = space._keys(layer, indices)
-        self._stream = threading.get_ident()
-        # The positions of each wave that hasn't started.
-        self._waves = self._plan(range(len(indices)))
-        self._ahead: _Wave | None = None
-        self._current = self._start()
-
-    def __enter__(self) -> Reading:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for wave in (self._current, self._ahead):
-            if wave is not None:
-                wave.event.release()
-        self._current = self._ahead = None
-
-    def _plan(self, positions: Sequence[int], most: int | None = None) -> list[Sequence[int]]:
-        """Cut `positions` into waves of at most `most` blocks."""
-        size = self._space._wave_size(self._layer, len(positions))
-        if most is not None:
-            size = min(size, most)
-        if size >= len(positions):
-            return [positions]
-        # Hints are judged by the whole event, not by its first wave.
-        present = self._space._tiers.announce(self._keys, self._stream)
-        order = sorted(positions, key=lambda position: not present[position])
-        return [order[i : i + size] for i in range(0, len(order), size)]
-
-    def _start(self, wait: bool = True) -> _Wave | None:
-        """Start the next wave; None if it had to wait for slots and mustn't, or there is none."""
-        while self._waves:
-            positions = self._waves[0]
-            whole = isinstance(positions, range)
-            keys = self._keys if whole else self._keys[positions]
-            try:
-                event = self._space._tiers.acquire(keys, self._stream, wait)
-            except EventTooLargeError:
-                # HBM has shrunk since the waves were planned.
-                if len(positions) == 1:
-                    raise
-                left = [position for wave in self._waves for position in wave]
-                self._waves = self._plan(left, most=len(positions) // 2)
-                continue
-            except ConfigError:
-                if self._space._closed:  # since by another thread: the core forgot the blocks
-                    raise RuntimeClosedError(_GIVEN_BACK) from None
-                raise
-            if event is None:
-                return None
-            del self._waves[0]
-            return _Wave(event, positions)
-        return None
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        while self._current is not None:
-            # Without waiting: whoever waits for slots must hold none.
-            self._ahead = self._start(wait=False)
-            yield from self._drain(*self._current)
-            self._current.event.release()
-            self._current, self._ahead = self._ahead, None
-            if self._current is None:
-                self._current = self._start()
-
-    def _drain(self, event: Any, positions: Sequence[int]) -> Iterator[tuple[int, int]]:
-        slots = event.slots
-        left = len(slots)
-        while left:
-            ready, failed = event.wait_any()
-            for i, error in failed:
-                index = int(self._indices[positions[i]])
-                if not isinstance(error, ChecksumError):
-                    key = BlockKey(Kind.EXPERT, self._layer, index)
-                    raise type(error)(f"{key}: {error}") from error
-                self._space._mend(self._layer, index, slots[i], error)
-                event.repaired(i)
-                ready.append(i)
-            left -= len(ready)
-            for i in ready:
-                yield positions[i], slots[i]
+        self._repair(key, self.memory[slot : slot + self._nbytes[key.layer]])

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
-from tiered_mem import _core
 from tiered_mem.catalogue import Codec
 from tiered_mem.config import Budgets, Size, WorkingSet
 from tiered_mem.environment import FILE_NAMES
@@ -39,6 +38,7 @@ from tiered_mem.hf.pack import open_packed, pack
 from tiered_mem.hf.working_set import working_set
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.policies.prefetch import Predictor, make_predictor
+from tiered_mem.policy import EvictionPolicy, resolve_eviction
 from tiered_mem.runtime import Runtime
 from tiered_mem.space import Repair
 from tiered_mem.store import Store, allocate
@@ -50,7 +50,7 @@ def from_pretrained(
     hbm: Size | None = None,
     dram: Size | None = None,
     nvme: str | Path | None = None,
-    eviction: str | None = None,
+    eviction: str | type[EvictionPolicy] | None = None,
     prefetch: str | Predictor = "next-gate",
     codec: str = "none",
     runtime: Runtime | None = None,
@@ -69,7 +69,8 @@ def from_pretrained(
             a GPU, host memory plays HBM's part. `dram=0` means no DRAM tier.
         nvme: Directory of the store. Packed into on first use (`tiered-mem pack` does it ahead) and
             kept; None: a temporary one that goes with the model.
-        eviction: Name of the eviction policy; default "lru".
+        eviction: Name of an eviction policy, or a class derived from
+            `tiered_mem.policy.EvictionPolicy`; default "lru".
         prefetch: Name of the predictor, or a predictor of your own for this model.
         codec: "none" or "zstd", for blocks packed now.
         runtime: Put the model on this runtime, beside others; then it has the budgets and policy.
@@ -93,7 +94,7 @@ def from_pretrained(
         checkpoint = _open_checkpoint(path, model_class, hf_kwargs)
         undo.callback(checkpoint.close)
         layouts, needs = checkpoint.layouts, working_set(checkpoint.layouts, checkpoint.config)
-        policy = runtime.eviction if runtime is not None else eviction or "lru"
+        policy = runtime.eviction if runtime is not None else resolve_eviction(eviction or "lru")
         budgets = _budgets(hbm, dram, runtime, needs)
         budgets.check(needs, policy)
         directory = _store_directory(nvme, undo)
@@ -118,7 +119,7 @@ def offload(
     hbm: Size | None = None,
     dram: Size | None = None,
     nvme: str | Path | None = None,
-    eviction: str | None = None,
+    eviction: str | type[EvictionPolicy] | None = None,
     prefetch: str | Predictor = "next-gate",
     codec: str = "none",
     runtime: Runtime | None = None,
@@ -144,7 +145,7 @@ def offload(
         by_layer = {e.layer: ExpertLayout.of_module(e.module) for e in require_experts(model)}
         layouts = [by_layer[layer] for layer in sorted(by_layer)]
         needs = working_set(layouts, model.config)
-        policy = runtime.eviction if runtime is not None else eviction or "lru"
+        policy = runtime.eviction if runtime is not None else resolve_eviction(eviction or "lru")
         budgets = _budgets(hbm, dram, runtime, needs)
         budgets.check(needs, policy)
         directory = _store_directory(nvme, undo)
@@ -165,7 +166,7 @@ def _wrap(
     checkpoint: Checkpoint | None,
     budgets: Budgets,
     runtime: Runtime | None,
-    eviction: str,
+    eviction: str | type[EvictionPolicy],
     prefetch: str | Predictor,
     stock: str | None,
     undo: ExitStack,
@@ -251,7 +252,7 @@ def _open_checkpoint(
 
 def _check_options(
     prefetch: str | Predictor,
-    eviction: str | None,
+    eviction: str | type[EvictionPolicy] | None,
     codec: str,
     hbm: Size | None,
     dram: Size | None,
@@ -260,7 +261,7 @@ def _check_options(
     make_predictor(prefetch)
     Codec.choose(codec, itemsize=1)
     if runtime is None:
-        _core.check_eviction(eviction or "lru")
+        resolve_eviction(eviction or "lru")
         return
     if not isinstance(runtime, Runtime):
         raise ConfigError(f"runtime is a tiered_mem.Runtime, not {runtime!r}")

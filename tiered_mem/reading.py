@@ -1,0 +1,138 @@
+"""An event under way: its blocks as they arrive, in waves if it needs more than there are slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from tiered_mem import _core
+from tiered_mem.errors import (
+    ChecksumError,
+    ConfigError,
+    EventTooLargeError,
+    RuntimeClosedError,
+)
+from tiered_mem.keys import BlockKey, KeyArray
+
+GIVEN_BACK = "this model's blocks were given back: load it again to use it"
+
+
+class Owner(Protocol):
+    """Whose blocks an event reads."""
+
+    @property
+    def tiers(self) -> _core.Tiers: ...
+
+    @property
+    def given_back(self) -> bool:
+        """Whether the blocks were forgotten."""
+
+    def mend(self, key: BlockKey, slot: int, error: ChecksumError) -> None:
+        """Fill the slot of a block that is damaged in the store. Raises if that can't be."""
+
+
+class _Wave(NamedTuple):
+    """A part of an event that holds its slots, and its blocks' positions in the event."""
+
+    event: Any
+    positions: Sequence[int]
+
+
+class Reading:
+    """An event under way: iterate over it to get (position, slot) as the blocks arrive.
+
+    Use it in a `with` statement. A body that fails would otherwise leave the blocks pinned for as
+    long as something (a traceback) refers to the iteration.
+
+    A slot (byte offset into HBM's memory) is good until the next step of the iteration after
+    which the event's wave ends; don't keep views of it beyond the loop. An event with more blocks
+    than HBM has slots runs in waves, present blocks first, the next wave loading meanwhile.
+    """
+
+    __slots__ = ("_ahead", "_current", "_keys", "_largest", "_owner", "_stream", "_tiers", "_waves")
+
+    def __init__(self, owner: Owner, keys: KeyArray, largest: int, stream: int) -> None:
+        """Start the event of `keys` (distinct), none of whose blocks is above `largest` bytes."""
+        self._owner = owner
+        self._tiers = owner.tiers
+        self._keys = keys
+        self._largest = largest
+        self._stream = stream
+        # The positions of each wave that hasn't started.
+        self._waves = self._plan(range(len(keys)))
+        self._ahead: _Wave | None = None
+        self._current = self._start()
+
+    def __enter__(self) -> Reading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for wave in (self._current, self._ahead):
+            if wave is not None:
+                wave.event.release()
+        self._current = self._ahead = None
+
+    def _plan(self, positions: Sequence[int], most: int | None = None) -> list[Sequence[int]]:
+        """Cut `positions` into waves of at most `most` blocks."""
+        size = len(positions)
+        if size > (limit := self._tiers.max_event(self._largest)):
+            size = max(1, limit // 2)  # half the slots, so that the next wave can load
+        if most is not None:
+            size = min(size, most)
+        if size >= len(positions):
+            return [positions]
+        # Hints are judged by the whole event, not by its first wave.
+        present = self._tiers.announce(self._keys, self._stream)
+        order = sorted(positions, key=lambda position: not present[position])
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def _start(self, wait: bool = True) -> _Wave | None:
+        """Start the next wave; None if it had to wait for slots and mustn't, or there is none."""
+        while self._waves:
+            positions = self._waves[0]
+            whole = isinstance(positions, range)
+            keys = self._keys if whole else self._keys[positions]
+            try:
+                event = self._tiers.acquire(keys, self._stream, wait)
+            except EventTooLargeError:
+                # HBM has shrunk since the waves were planned.
+                if len(positions) == 1:
+                    raise
+                left = [position for wave in self._waves for position in wave]
+                self._waves = self._plan(left, most=len(positions) // 2)
+                continue
+            except ConfigError:
+                if self._owner.given_back:  # since by another thread: the core forgot the blocks
+                    raise RuntimeClosedError(GIVEN_BACK) from None
+                raise
+            if event is None:
+                return None
+            del self._waves[0]
+            return _Wave(event, positions)
+        return None
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        while self._current is not None:
+            # Without waiting: whoever waits for slots must hold none.
+            self._ahead = self._start(wait=False)
+            yield from self._drain(*self._current)
+            self._current.event.release()
+            self._current, self._ahead = self._ahead, None
+            if self._current is None:
+                self._current = self._start()
+
+    def _drain(self, event: Any, positions: Sequence[int]) -> Iterator[tuple[int, int]]:
+        slots = event.slots
+        left = len(slots)
+        while left:
+            ready, failed = event.wait_any()
+            for i, error in failed:
+                key = BlockKey.unpack(int(self._keys[positions[i]]))
+                if not isinstance(error, ChecksumError):
+                    raise type(error)(f"{key}: {error}") from error
+                self._owner.mend(key, slots[i], error)
+                event.repaired(i)
+                ready.append(i)
+            left -= len(ready)
+            for i in ready:
+                yield positions[i], slots[i]
