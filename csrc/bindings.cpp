@@ -84,5 +84,6 @@ PYBIND11_MODULE(_core, m) {
   bind_store(m);
   bind_policy(m);
   bind_residency(m);
+  bind_replay(m);
   bind_runtime(m);
 }

@@ -52,6 +52,7 @@ inline std::vector<Key> to_vector(const KeyArray& keys) {
 }
 
 void bind_policy(py::module_& m);
+void bind_replay(py::module_& m);
 void bind_residency(py::module_& m);
 void bind_runtime(py::module_& m);
 void bind_store(py::module_& m);

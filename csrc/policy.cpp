@@ -7,6 +7,7 @@
 #include "eviction/fifo.h"
 #include "eviction/lru.h"
 #include "eviction/per_layer.h"
+#include "replay.h"
 
 namespace tiered_mem {
 
@@ -15,12 +16,17 @@ namespace {
 struct BuiltIn {
   PolicyInfo info;
   std::unique_ptr<EvictionPolicy> (*make)();
+  Replay replay;
 };
 
 template <class Policy>
 BuiltIn built_in(const char* name, const char* summary, const char* source) {
   return {{name, summary, source},
-          [] { return std::unique_ptr<EvictionPolicy>(std::make_unique<Policy>()); }};
+          [] { return std::unique_ptr<EvictionPolicy>(std::make_unique<Policy>()); },
+          [](const Requests& requests, std::uint64_t budget) {
+            Policy policy;
+            return replay(policy, requests, budget);
+          }};
 }
 
 const std::vector<BuiltIn>& built_ins() {
@@ -78,6 +84,12 @@ std::unique_ptr<EvictionPolicy> make_policy(const std::string& spec) {
   if (make) return make();
   throw ConfigError("unknown eviction policy '" + spec + "'; there are: " + names +
                     "and per-layer(X) around any of them");
+}
+
+Replay find_replay(const std::string& name) {
+  for (const BuiltIn& policy : built_ins())
+    if (policy.info.name == name) return policy.replay;
+  return nullptr;
 }
 
 std::vector<PolicyInfo> list_policies() {

@@ -80,6 +80,24 @@ class Residency:
     @property
     def num_evictions(self) -> int: ...
 
+# --- replay: a policy alone ---
+
+@overload
+def count_misses(eviction: str, keys: npt.ArrayLike, num_slots: int) -> int:
+    """Return how many of these requests miss in a cache of so many equal slots.
+
+    Raises `ConfigError`, and `PolicyError` if a plug-in misbehaves.
+    """
+
+@overload
+def count_misses(
+    eviction: str, keys: npt.ArrayLike, budget: int, nbytes: npt.ArrayLike
+) -> tuple[int, int]:
+    """Return (requests, bytes) that miss in a cache of so many bytes.
+
+    `nbytes` has the size of each request's block. One larger than the budget passes by.
+    """
+
 # --- runtime ---
 
 class Memory(Buffer):
