@@ -7,6 +7,7 @@ add theirs by an entry point, see `tiered_mem.plugins`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tiered_mem.errors import ConfigError, PolicyError, TieredMemError
@@ -119,15 +120,15 @@ def _from_plugin(name: str, arguments: list[str], spec: str) -> tuple[Predictor,
     others = plugins.names()
     if name not in others:
         raise ConfigError(f"prefetch={spec!r} is no predictor; choose one of {_choices(others)}")
-    found = plugins.load(name, "prefetch")
-    who = plugins.label(name)
+    found: type[Predictor] = plugins.load(name, "prefetch")
+    who = plugins.describe(name)
     try:
-        return found.from_arguments(arguments), who  # type: ignore[attr-defined]
+        return found.from_arguments(arguments), who
     except TieredMemError:
         raise
     except Exception as error:
         raise PolicyError(f"{who} raised {error!r} when it was made") from error
 
 
-def _choices(others: list[str]) -> str:
+def _choices(others: Sequence[str]) -> str:
     return f"{', '.join(sorted([*BUILT_INS, *others]))}, or give a Predictor"

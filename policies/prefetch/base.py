@@ -176,13 +176,13 @@ def num_to_rank(route: Route, num_used: int) -> int:
 def rank(scores: npt.NDArray[Any], most: int) -> list[int]:
     """Return the ids of at most `most` positive scores, the highest first, then by id."""
     order = (-scores).argsort(kind="stable")[:most]
-    ranked: list[int] = order[scores[order] > 0].tolist()
+    ranked: list[int] = order[: np.count_nonzero(scores[order] > 0)].tolist()  # zeros come last
     return ranked
 
 
 def grown(array: Floats, *shape: int) -> Floats:
-    """Return `array`, in a larger one of zeros if it hasn't at least this shape."""
-    if all(have >= need for have, need in zip(array.shape, shape, strict=True)):
+    """Return `array` [n] or [n, m], in a larger one of zeros if it hasn't at least this shape."""
+    if array.shape[0] >= shape[0] and array.shape[-1] >= shape[-1]:
         return array
     larger = np.zeros([max(pair) for pair in zip(array.shape, shape, strict=True)], array.dtype)
     larger[tuple(slice(have) for have in array.shape)] = array

@@ -6,7 +6,7 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from tiered_mem.errors import ConfigError
 from .base import Floats, ModelInfo, Predictor, Route
 
 FORMAT = 1
-_EPSILON = 1e-6
+EPSILON = 1e-6
 
 
 class Head(NamedTuple):
@@ -40,8 +40,8 @@ class Head(NamedTuple):
     inner_bias: Floats | None = None
     """[pairs, units]"""
 
-    def save(self, path: str | Path) -> None:
-        """Write an npz file, weights as float16."""
+    def save(self, file: BinaryIO) -> None:
+        """Write an npz, weights as float16."""
         facts = {
             "format": FORMAT,
             "model": self.model,
@@ -56,8 +56,7 @@ class Head(NamedTuple):
         if self.inner_weight is not None and self.inner_bias is not None:
             arrays["inner_weight"] = self.inner_weight.astype(np.float16)
             arrays["inner_bias"] = self.inner_bias
-        with open(path, "wb") as file:
-            np.savez_compressed(file, header=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(file, header=np.array(json.dumps(facts)), **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> Head:
@@ -165,7 +164,7 @@ class Learned(Predictor):
         if residual is None:
             return ()
         head = self._head
-        inside = residual / np.sqrt(residual.dot(residual) / len(residual) + _EPSILON)
+        inside = residual / np.sqrt(residual.dot(residual) / len(residual) + EPSILON)
         if head.inner_weight is not None and head.inner_bias is not None:
             inside = np.maximum(head.inner_weight[pair] @ inside + head.inner_bias[pair], 0)
         scores = head.weight[pair] @ inside + head.bias[pair]

@@ -9,7 +9,7 @@ import numpy as np
 
 from .base import Floats, PerStream, Predictor, Route, grown, num_to_rank, parse_number, rank
 
-_TOO_LARGE = 1e30  # of a float32
+_TOO_LARGE, _SMALLEST = 1e30, 1e-30  # of a float32
 
 
 class Transition(Predictor):
@@ -83,14 +83,14 @@ class _Pairs:
             self._counts /= self._unit
             self._totals /= self._unit
             self._unit = 1.0
-        self._counts = grown(self._counts, max(before) + 1, max(now) + 1)
-        self._totals = grown(self._totals, max(before) + 1)
-        self._counts[np.ix_(before, now)] += self._unit * weight
-        self._totals[before] += self._unit * weight
+        rows, columns = np.array(before), np.array(now)
+        self._counts = grown(self._counts, int(rows.max()) + 1, int(columns.max()) + 1)
+        self._totals = grown(self._totals, len(self._counts))
+        self._counts[rows[:, None], columns] += self._unit * weight
+        self._totals[rows] += self._unit * weight
 
     def scores(self, ids: Sequence[int]) -> Floats:
-        known = [i for i in ids if i < len(self._totals)]
-        totals = self._totals[known]
-        shares = np.divide(1, totals, out=np.zeros_like(totals), where=totals > 0)
-        scores: Floats = shares @ self._counts[known]
-        return scores
+        known = np.array([i for i in ids if i < len(self._totals)], np.intp)
+        # Those never seen have counted nothing.
+        shares = 1 / np.maximum(self._totals[known], _SMALLEST)
+        return np.asarray(shares @ self._counts[known], np.float32)

@@ -13,7 +13,7 @@ from typing import cast
 
 import typer
 
-from tiered_mem.cli import doctor, output, pack, policies, run, trace, verify
+from tiered_mem.cli import compare, doctor, output, pack, policies, run, trace, train_head, verify
 from tiered_mem.errors import TieredMemError
 
 # Newer typer carries click's classes itself, older typer uses click's.
@@ -27,9 +27,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (pack.pack, run.run, verify.verify, doctor.doctor, policies.policies):
+for command in (
+    pack.pack,
+    run.run,
+    verify.verify,
+    doctor.doctor,
+    policies.policies,
+    compare.compare,
+):
     app.command()(command)
 app.add_typer(trace.app, name="trace")
+app.command("train-head")(train_head.train_head)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
