@@ -66,16 +66,17 @@ py::dict stats(Tiers& tiers) {
   using namespace py::literals;
   py::dict moved;
   for (size_t i = 0; i < kNumLinks; ++i) moved[link_name(static_cast<Link>(i))] = s.nbytes_moved[i];
-  return py::dict(
-      "num_events"_a = s.num_events, "num_hbm_hits"_a = s.num_hbm_hits,
-      "num_in_flight"_a = s.num_in_flight, "num_dram_hits"_a = s.num_dram_hits,
-      "num_nvme_reads"_a = s.num_nvme_reads, "num_evictions"_a = s.num_evictions,
-      "nbytes_missed"_a = s.nbytes_missed, "num_hints"_a = s.num_hints,
-      "num_prefetched"_a = s.num_prefetched, "num_prefetched_used"_a = s.num_prefetched_used,
-      "nbytes_prefetch_used"_a = s.nbytes_prefetch_used,
-      "nbytes_prefetch_wasted"_a = s.nbytes_prefetch_wasted, "num_failed"_a = s.num_failed,
-      "num_repaired"_a = s.num_repaired, "stall_ns"_a = s.stall_ns, "nbytes_moved"_a = moved,
-      "hbm_nbytes_used"_a = hbm_used, "dram_nbytes_used"_a = dram_used);
+  return py::dict("num_events"_a = s.num_events, "num_hbm_hits"_a = s.num_hbm_hits,
+                  "num_in_flight"_a = s.num_in_flight, "num_dram_hits"_a = s.num_dram_hits,
+                  "num_nvme_reads"_a = s.num_nvme_reads, "num_evictions"_a = s.num_evictions,
+                  "nbytes_hit"_a = s.nbytes_hit, "nbytes_missed"_a = s.nbytes_missed,
+                  "num_hints"_a = s.num_hints, "num_prefetched"_a = s.num_prefetched,
+                  "num_prefetched_used"_a = s.num_prefetched_used,
+                  "nbytes_prefetch_used"_a = s.nbytes_prefetch_used,
+                  "nbytes_prefetch_wasted"_a = s.nbytes_prefetch_wasted,
+                  "num_failed"_a = s.num_failed, "num_repaired"_a = s.num_repaired,
+                  "stall_ns"_a = s.stall_ns, "nbytes_moved"_a = moved,
+                  "hbm_nbytes_used"_a = hbm_used, "dram_nbytes_used"_a = dram_used);
 }
 
 py::dict precision(Tiers& tiers) {

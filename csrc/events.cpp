@@ -198,6 +198,7 @@ void Tiers::join(Event& event, std::size_t position, Block& block) {
   event.slots_[position] = block.slot;
   if (block.state == State::ready) {
     ++stats_.num_hbm_hits;
+    stats_.nbytes_hit += source_of(block.key)->nbytes;
     log(Happening::hit, block.key);
     event.ready_.push_back(static_cast<std::uint32_t>(position));
   } else {

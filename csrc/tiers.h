@@ -66,6 +66,7 @@ struct TiersStats {
   std::uint64_t num_dram_hits = 0;
   std::uint64_t num_nvme_reads = 0;
   std::uint64_t num_evictions = 0;
+  std::uint64_t nbytes_hit = 0;
   std::uint64_t nbytes_missed = 0;  // demanded, not in HBM or DRAM, hence read from NVMe
   std::uint64_t num_hints = 0;
   std::uint64_t num_prefetched = 0;       // transfers that hints caused
