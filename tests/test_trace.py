@@ -322,11 +322,11 @@ def test_saving_never_leaves_half_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(FileExistsError, match="there already"):
         toy(weight=0.5).save(path)
 
-    def fail(file: Any, **columns: Any) -> None:
+    def fail(file: Any, *_: Any, **__: Any) -> None:
         file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(np, "savez_compressed", fail)
+    monkeypatch.setattr(np.lib.format, "write_array", fail)
     with pytest.raises(OSError, match="disk full"):
         toy(weight=0.5).save(path, overwrite=True)
     assert path.read_bytes() == before

@@ -109,7 +109,7 @@ def examine(trace: Trace, *, exact_num_accesses: int = EXACT_NUM_ACCESSES) -> Tr
 
 
 def reuse_distances(block_ids: Counts, exact_num_accesses: int) -> tuple[Counts, float]:
-    """Return the reuse distance of every access but the first ones, and the share of blocks used.
+    """Return the reuse distances of all accesses but the first ones, and the share of blocks used.
 
     Above `exact_num_accesses`, a share of the blocks, chosen by a hash of their number, stands for
     all, and distances are scaled up (SHARDS, Waldspurger et al., FAST '15).
@@ -119,7 +119,11 @@ def reuse_distances(block_ids: Counts, exact_num_accesses: int) -> tuple[Counts,
         return _exact_distances(block_ids), share
     hashes = block_ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
     chosen = block_ids[hashes < np.uint64(share * (1 << 24))]
-    return np.rint(_exact_distances(chosen) / share).astype(np.int64), share
+    distances = np.sort(np.rint(_exact_distances(chosen) / share).astype(np.int64))
+    # How many of the few busiest blocks were drawn decides how many accesses: what is over or
+    # missing is theirs, at the shortest distances (SHARDS-adj).
+    over = len(chosen) - round(share * len(block_ids))
+    return np.append(np.zeros(max(0, -over), np.int64), distances[max(0, over) :]), share
 
 
 def _exact_distances(block_ids: Counts) -> Counts:

@@ -154,16 +154,16 @@ def _rows(found: TraceInfo) -> list[list[str]]:
     distances = ", ".join(f"{n} at {percent} %" for percent, n in found.reuse_distances.items())
     if found.sampled_share < 1:
         distances += f" (from {share(found.sampled_share)} of the blocks)"
-    accesses = [str(found.num_accesses), counts(found.accesses_by_kind)]
-    if found.form != "requests":
-        accesses.append(counts(found.accesses_by_phase))
+    accesses = counts(found.accesses_by_kind)
+    if found.form == "events":
+        accesses += f" ({counts(found.accesses_by_phase)})"
     rows = [
         ["model", f"{found.model or 'unknown'}: {model}"],
         ["source", found.source],
         ["note", found.note],
         ["form", found.form],
         ["events", f"{found.num_events} in {found.num_sequences} sequence(s)"],
-        ["accesses", f"{', '.join(accesses)}; {size(found.accessed_nbytes)} in all"],
+        ["accesses", f"{accesses}, {size(found.accessed_nbytes)} in all"],
         ["blocks seen", f"{found.num_blocks}, {size(found.nbytes)} of {size(found.total_nbytes)}"],
         [
             "largest event",
@@ -187,7 +187,7 @@ def _rows(found: TraceInfo) -> list[list[str]]:
         ["reuse distance", distances or "no block is asked for twice"],
         ["spread", f"the busiest tenth of the blocks gets {share(found.top_tenth_share)}"],
     ]
-    if found.layer_entropy is not None:
+    if found.form == "events" and found.layer_entropy is not None:
         entropy = f"{share(found.layer_entropy)} of the highest there can be"
         rows.append(["entropy of a layer", entropy])
     if found.previous_token_recall is not None:

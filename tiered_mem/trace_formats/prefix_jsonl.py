@@ -75,13 +75,12 @@ def _read(source: Source, block_num_tokens: int, token_nbytes: int, *, chats: bo
 
 
 def _chat(record: Record, sequence_of: dict[int, int]) -> int:
-    """The number of the chat that a request goes on with: the same as its parent's."""
+    """The chat that a request belongs to, with all its parents: the line of the first of them."""
     chat = record.whole("chat_id", highest=(1 << 63) - 1)
     parent = record.whole("parent_chat_id", lowest=-1, highest=(1 << 63) - 1)
-    known = sequence_of.get(parent)
-    sequence = len(sequence_of) if known is None else known
-    sequence_of[chat] = sequence
-    return sequence
+    # A parent that isn't in the file began before it: then this chat begins here.
+    sequence_of[chat] = sequence_of.get(parent, record.line)
+    return sequence_of[chat]
 
 
 def number_blocks(ids: KeyArray) -> KeyArray:

@@ -131,12 +131,13 @@ def _read_rows(source: Source, start: int) -> tuple[list[str], Rows, list[int]]:
     if missing or unknown or len(set(names)) != len(names):
         told = f"no {', '.join(sorted(missing))}" if missing else f"these: {','.join(names)[:100]}"
         raise source.error(f"the columns are not those of a route CSV: {told}", start + 1)
-    body = source.lines[start + 1 :]
-    numbers = [start + 2 + i for i, line in enumerate(body) if line and not line.isspace()]
+    numbered = enumerate(source.lines[start + 1 :], start + 2)
+    body = {number: line for number, line in numbered if line and not line.isspace()}
+    numbers = list(body)
     if not numbers:
         raise source.error("it has no rows")
     try:
-        rows = np.loadtxt(body, delimiter=",", comments=None, ndmin=2)
+        rows = np.loadtxt(list(body.values()), delimiter=",", comments=None, ndmin=2)
     except ValueError:
         raise _find_bad_line(source, numbers, len(names)) from None
     if rows.shape != (len(numbers), len(names)):

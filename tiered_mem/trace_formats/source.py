@@ -29,12 +29,7 @@ class Source:
         """Raises `TraceError` if the file is empty or damaged, `OSError` as open does."""
         data = path.read_bytes()
         if data.startswith(_ZSTD_MAGIC):
-            # A file may hold several frames, so the stream reader has to go on over their ends.
-            reader = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True)
-            try:
-                data = reader.read()
-            except zstandard.ZstdError as error:
-                raise TraceError(f"{path} is damaged: {error}") from None
+            data = _decompress(path, data)
         if not data.strip():
             raise TraceError(f"{path} is empty")
         return cls(path, data)
@@ -118,3 +113,17 @@ class Record:
         if not all(map(math.isfinite, values)):
             raise self.error(f"{name} holds a number that isn't finite")
         return values
+
+
+def _decompress(path: Path, data: bytes) -> bytes:
+    pieces = []
+    while data:  # a file may hold several frames
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            pieces.append(frame.decompress(data))
+        except zstandard.ZstdError as error:
+            raise TraceError(f"{path} is damaged: {error}") from None
+        if not frame.eof:
+            raise TraceError(f"{path} is damaged: its last zstd frame is cut off")
+        data = frame.unused_data
+    return b"".join(pieces)
