@@ -15,7 +15,9 @@ from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -73,6 +75,27 @@ def progress_bar(what: str, *, hidden: bool = False) -> Iterator[Callable[[int, 
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    with _bar(what, columns, hidden) as report:
+        yield report
+
+
+@contextmanager
+def count_bar(what: str, *, hidden: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Show how many things are done and the time left on stderr. Yields as `progress_bar` does."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with _bar(what, columns, hidden) as report:
+        yield report
+
+
+@contextmanager
+def _bar(
+    what: str, columns: Sequence[ProgressColumn], hidden: bool
+) -> Iterator[Callable[[int, int], None]]:
     console = Console(stderr=True)
     disable = hidden or not console.is_terminal
     with Progress(*columns, console=console, disable=disable, transient=True) as bar:
