@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .base import Floats, PerStream, Predictor, Route, num_to_rank, parse_number, rank
+from .base import Floats, PerStream, Predictor, Route, grown, num_to_rank, parse_number, rank
 
 _NUM_MATCHES = 8
 
@@ -61,15 +61,13 @@ class ActivationMatrices(Predictor):
         stream.layer = route.layer
         wraps = route.next_layer <= route.layer
         with self._lock:
-            here = self._passes.columns(route.layer, max(max(ids) + 1, route.num_experts))
-            there = self._passes.columns(route.next_layer, route.num_experts)
             if first or self._passes.is_lost(stream):
                 self._passes.begin(stream)
             # Of many tokens it isn't known which of them used what: it says less.
             weight = route.top_k / max(len(ids), route.top_k)
-            self._passes.add(stream.row, here.start, ids, weight)
-            scores = self._passes.scores(stream.row, there, after=wraps)[: route.num_experts]
-        return rank(scores, num_to_rank(route, len(ids)))
+            self._passes.add(stream.row, route.layer, ids, weight)
+            scores = self._passes.scores(stream.row, route.next_layer, after=wraps)
+        return rank(scores[: route.num_experts], num_to_rank(route, len(ids)))
 
 
 class _Stream:
@@ -82,26 +80,16 @@ class _Stream:
 
 
 class _Passes:
-    """Activation matrices as columns of [layers x experts, capacity], and all their products."""
+    """Activation matrices, for each layer as columns of [experts, capacity]; all their products."""
 
     def __init__(self, capacity: int) -> None:
-        self._used: Floats = np.zeros((0, capacity), np.float32)
+        self._used: dict[int, Floats] = {}
+        self._nothing: Floats = np.zeros((0, capacity), np.float32)
         self._products = np.zeros((capacity, capacity))
         self._norms = np.zeros(capacity)
         self._numbers = np.zeros(capacity, np.int64)
         self._after = np.full(capacity, -1)  # the row of the pass that came next in its stream
         self._num_begun = 0
-        self._columns: dict[int, slice] = {}
-
-    def columns(self, layer: int, num_experts: int) -> slice:
-        """Return where a layer's experts stand."""
-        found = self._columns.get(layer)
-        if found is None:
-            start = len(self._used)
-            more = np.zeros((num_experts, self._used.shape[1]), np.float32)
-            self._used = np.concatenate([self._used, more])
-            found = self._columns[layer] = slice(start, start + num_experts)
-        return found
 
     def is_lost(self, stream: _Stream) -> bool:
         """Whether another pass has taken the row."""
@@ -111,7 +99,8 @@ class _Passes:
         """Give a stream's next pass a row."""
         before = -1 if stream.number == 0 or self.is_lost(stream) else stream.row
         row = self._free_row(before)
-        self._used[:, row] = 0
+        for used in self._used.values():
+            used[:, row] = 0
         self._products[row] = self._products[:, row] = 0
         self._norms[row] = 0
         self._after[self._after == row] = -1
@@ -122,27 +111,31 @@ class _Passes:
         self._numbers[row] = stream.number = self._num_begun
         stream.row = row
 
-    def add(self, row: int, start: int, ids: Sequence[int], weight: float) -> None:
+    def add(self, row: int, layer: int, ids: Sequence[int], weight: float) -> None:
         """Note the use of experts of one layer in a pass."""
-        places = np.asarray(ids) + start
-        gained = weight * self._used[places].sum(0, dtype=np.float64)
-        self._used[places, row] += weight
+        used = self._used.get(layer, self._nothing)
+        used = self._used[layer] = grown(used, max(ids) + 1, used.shape[1])
+        experts = np.array(ids)
+        gained = weight * used[experts].sum(0, dtype=np.float64)
+        used[experts, row] += weight
         # |a + b|^2 = |a|^2 + 2 ab + |b|^2
-        square = self._products[row, row] + 2 * gained[row] + weight * weight * len(places)
+        square = self._products[row, row] + 2 * gained[row] + weight * weight * len(experts)
         self._products[row] += gained
         self._products[row, row] = square
         self._products[:, row] = self._products[row]
         self._norms[row] = square**0.5
 
-    def scores(self, row: int, columns: slice, after: bool) -> npt.NDArray[np.float64]:
-        """Return how much these columns were used in the passes most like `row`, or after them."""
+    def scores(self, row: int, layer: int, after: bool) -> npt.NDArray[np.float64]:
+        """Return how much a layer's experts were used in the passes most like `row`, or after."""
         likeness = self._likeness(row)
-        best = likeness.argpartition(-_NUM_MATCHES)[-_NUM_MATCHES:]
+        num_matches = min(_NUM_MATCHES, len(likeness))
+        best = likeness.argpartition(-num_matches)[-num_matches:]
         weights = likeness[best]
         if after:
             best = self._after[best]
             weights = np.where(best >= 0, weights, 0)
-        scores: npt.NDArray[np.float64] = self._used[columns].take(best, 1) @ weights
+        used = self._used.get(layer, self._nothing)
+        scores: npt.NDArray[np.float64] = used.take(best, 1) @ weights
         return scores
 
     def _likeness(self, row: int) -> npt.NDArray[np.float64]:

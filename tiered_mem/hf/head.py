@@ -58,6 +58,7 @@ class Lesson:
     """
 
     trace: Trace
+    hidden: npt.NDArray[np.float16]
     num_experts: int
     top_k: int
     source: Integers
@@ -88,12 +89,11 @@ class Lesson:
             raise TraceError(f"{trace.name} is too short to hold {held_out:g} of it out")
         sizes = np.diff(trace.offsets)[target]
         top_k = trace.header.top_k or int(np.median(sizes))
-        return cls(trace, trace.header.num_experts, top_k, source, target, held)
+        return cls(trace, hidden, trace.header.num_experts, top_k, source, target, held)
 
     @property
     def hidden_size(self) -> int:
-        assert self.trace.hidden is not None  # `of` has seen to it
-        return int(self.trace.hidden.shape[1])
+        return int(self.hidden.shape[1])
 
     def layers(self) -> Integers:
         """Return the layers of each pair, [pairs, 2]."""
@@ -107,7 +107,6 @@ class Lesson:
     def decision(self, event: int, following: int) -> Decision:
         """Return an event as predictors are shown it."""
         trace = self.trace
-        assert trace.hidden is not None
         return Decision(
             layer=int(trace.event_layer[event]),
             next_layer=int(trace.event_layer[following]),
@@ -116,13 +115,12 @@ class Lesson:
             top_k=self.top_k,
             stream=int(trace.event_sequence[event]),
             ahead=() if trace.ahead_offset is None else trace.ahead(event).tolist(),
-            state=trace.hidden[event].astype(np.float32),
+            state=self.hidden[event].astype(np.float32),
         )
 
     def residuals(self, events: Integers) -> torch.Tensor:
         """Return the residuals [events, hidden], each divided by its root mean square."""
-        assert self.trace.hidden is not None
-        x = torch.from_numpy(self.trace.hidden[events].astype(np.float32))
+        x = torch.from_numpy(self.hidden[events].astype(np.float32))
         normed: torch.Tensor = x / (x.square().mean(1, keepdim=True) + EPSILON).sqrt()
         return normed
 
