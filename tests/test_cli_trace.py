@@ -12,7 +12,7 @@ import pytest
 
 from tiered_mem.cli import invoke
 from tiered_mem.cli.trace import Format
-from tiered_mem.trace import Trace
+from tiered_mem.trace import Form, Trace, TraceHeader
 from tiered_mem.trace_formats import FORMATS
 from tiered_mem.trace_info import examine
 
@@ -113,6 +113,18 @@ def test_json(trace: Command, routes: Path, tmp_path: Path) -> None:
     assert found == json.loads(json.dumps(expected))
 
 
+def test_info_names_what_was_recorded(trace: Command, routes: Path, tmp_path: Path) -> None:
+    times = np.arange(2) / 4
+    header = TraceHeader(Form.EVENTS)
+    columns: dict[str, Any] = {"gap_seconds": times, "compute_seconds": times}
+    recorded = Trace.from_rows(header, index=[1, 2], step=[0, 1], nbytes=1, token=[7, 7], **columns)
+    recorded.save(tmp_path / "x.npz")
+    out = trace("info", tmp_path / "x.npz").out
+    assert "token ids, times between events, times of events" in out
+    found = trace("info", tmp_path / "x.npz", "--json").json
+    assert found["recorded"] == ["row_token", "gap_seconds", "compute_seconds"]
+
+
 def test_sizes_and_format_by_option(trace: Command, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(REQUESTS)
     options = ["--format", "mooncake", "--token-nbytes", "1KiB", "-o", tmp_path / "x.npz"]
@@ -149,6 +161,10 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
         "no directory {tmp}/no",
     ),
     "into a directory": (["import", "{tmp}/toy.route.csv", "-o", "{tmp}"], "is a directory"),
+    "no plain file": (
+        ["import", "{tmp}/toy.route.csv", "-o", "/dev/null", "--force"],
+        "/dev/null is no plain file",
+    ),
     "there already": (["import", "{tmp}/toy.route.csv", "-o", "{tmp}/empty"], "there already"),
     "info of a CSV": (["info", "{tmp}/toy.route.csv"], "see tiered-mem trace import"),
     "info of nothing": (["info", "{tmp}/nothing"], "{tmp}/nothing"),

@@ -22,6 +22,7 @@ from tiered_mem.keys import BlockKey, Kind, unpack_keys
 from tiered_mem.trace import Form, Phase, Trace, TraceHeader
 from tiered_mem.trace_formats import FORMATS, export_trace, import_trace
 from tiered_mem.trace_formats.oracle_general import NEVER, RECORD
+from tiered_mem.trace_info import reuse_distances
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -468,3 +469,22 @@ def test_sizes_where_the_file_has_them_are_refused(tmp_path: Path) -> None:
         import_trace(requests, token_nbytes=0)
     with pytest.raises(ConfigError, match="not a size"):
         import_trace(requests, token_nbytes="many")
+
+
+@pytest.mark.parametrize("name", ["x.oracleGeneral", "x.oracleGeneral.zst"])
+def test_libcachesim_reads_the_export(tmp_path: Path, name: str) -> None:
+    """Its LRU misses are those that our reuse distances foretell."""
+    libcachesim = pytest.importorskip("libcachesim", reason="optional cross-check (GPL-3)")
+    indices = np.random.default_rng(3).zipf(1.2, 20_000) % 3_000
+    trace = Trace.from_rows(TraceHeader(Form.REQUESTS), index=indices, layer=2, nbytes=4096)
+    export_trace(trace, tmp_path / name)
+    distances, _ = reuse_distances(trace.block_ids, trace.num_rows)
+    for num_slots in (8, 300):
+        reader = libcachesim.TraceReader(
+            trace=str(tmp_path / name),
+            trace_type=libcachesim.TraceType.ORACLE_GENERAL_TRACE,
+            reader_init_params=libcachesim.ReaderInitParam(ignore_obj_size=True),
+        )
+        miss_ratio, _ = libcachesim.LRU(cache_size=num_slots).process_trace(reader)
+        num_misses = trace.num_rows - int((distances < num_slots).sum())
+        assert round(miss_ratio * trace.num_rows) == num_misses

@@ -171,6 +171,7 @@ def test_figures_can_be_written_as_json() -> None:
     for trace in (routes(), flat([3, 3])):
         found = examine(trace).as_dict()
         assert all(
-            isinstance(value, str | int | float | dict | None) and not isinstance(value, np.generic)
+            isinstance(value, str | int | float | dict | tuple | None)
+            and not isinstance(value, np.generic)
             for value in found.values()
         )

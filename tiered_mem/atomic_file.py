@@ -32,6 +32,8 @@ def check_new(path: Path, *, overwrite: bool = False) -> None:
     """Raise as `new_file` would: for work that takes long before it writes."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; name a file in it")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is no plain file, so it can't be replaced by one")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already; write elsewhere or overwrite it (--force)")
     if not path.parent.is_dir():

@@ -13,6 +13,7 @@ from tiered_mem.trace import Form, Phase, Trace
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 EXACT_NUM_ACCESSES = 1_000_000
+_OPTIONAL = ("row_token", "gap_seconds", "compute_seconds", "ahead_index", "hidden")
 
 Counts = npt.NDArray[np.int64]
 
@@ -32,6 +33,7 @@ class TraceInfo:
     form: str
     source: str
     note: str
+    recorded: tuple[str, ...]  # which of the optional columns it has
     num_rows: int
     num_events: int
     num_accesses: int
@@ -80,6 +82,7 @@ def examine(trace: Trace, *, exact_num_accesses: int = EXACT_NUM_ACCESSES) -> Tr
         form=header.form.value,
         source=header.source,
         note=header.note,
+        recorded=tuple(c for c in _OPTIONAL if getattr(trace, c) is not None),
         num_rows=trace.num_rows,
         num_events=trace.num_events,
         num_accesses=trace.num_accesses,

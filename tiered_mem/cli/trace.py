@@ -137,6 +137,15 @@ def export(
     print(f"{out} holds {loaded.num_rows} records in {format}")
 
 
+_RECORDED = {
+    "row_token": "token ids",
+    "gap_seconds": "times between events",
+    "compute_seconds": "times of events",
+    "ahead_index": "predictions of the next layer",
+    "hidden": "hidden states",
+}
+
+
 def _rows(found: TraceInfo) -> list[list[str]]:
     from tiered_mem.config import format_size as size
 
@@ -162,6 +171,7 @@ def _rows(found: TraceInfo) -> list[list[str]]:
         ["source", found.source],
         ["note", found.note],
         ["form", found.form],
+        ["recorded", ", ".join(_RECORDED[column] for column in found.recorded)],
         ["events", f"{found.num_events} in {found.num_sequences} sequence(s)"],
         ["accesses", f"{accesses}, {size(found.accessed_nbytes)} in all"],
         ["blocks seen", f"{found.num_blocks}, {size(found.nbytes)} of {size(found.total_nbytes)}"],
@@ -172,9 +182,9 @@ def _rows(found: TraceInfo) -> list[list[str]]:
     ]
     if found.form != "requests":
         bound = "at most " if found.form == "prefix" else ""
-        rows.insert(5, ["tokens", f"{bound}{found.num_tokens}"])
+        rows.insert(6, ["tokens", f"{bound}{found.num_tokens}"])
     if found.num_rows != found.num_accesses:
-        rows.insert(6, ["rows", f"{found.num_rows}, before an event's equal blocks are merged"])
+        rows.insert(7, ["rows", f"{found.num_rows}, before an event's equal blocks are merged"])
     if found.cycle_num_slots is not None and found.cycle_nbytes is not None:
         cycle = f"{found.cycle_num_slots} slots, {size(found.cycle_nbytes)}"
         rows.append(["cycle", f"{cycle}: with less, a global LRU hits next to nothing"])
