@@ -44,6 +44,7 @@ def test_wheel_holds_what_is_imported(wheel: zipfile.ZipFile) -> None:
     assert {"tiered_mem/py.typed", "tiered_mem/_core.pyi"} <= set(names)
     assert f"tiered_mem/{Path(_core.__file__).name}" in names
     assert "tiered_mem/policies/eviction/lru.h" in names
+    assert {f"tiered_mem/report/page.{end}" for end in ("html", "css", "js")} <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -80,7 +81,7 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 ON_TOP = {"__init__", "__main__"}  # these import what is above them only when called
 CORE = [path for path in (ROOT / "tiered_mem").glob("*.py") if path.stem not in ON_TOP]
-ABOVE_CORE = {"tiered_mem.hf", "tiered_mem.cli", "tiered_mem.doctor"}
+ABOVE_CORE = {"tiered_mem.hf", "tiered_mem.cli", "tiered_mem.doctor", "tiered_mem.report"}
 
 
 def imports(path: Path) -> set[str]:
