@@ -5,8 +5,12 @@
 
 #include "error.h"
 #include "eviction/fifo.h"
+#include "eviction/gdsf.h"
+#include "eviction/least_stale.h"
+#include "eviction/lfru.h"
 #include "eviction/lru.h"
 #include "eviction/per_layer.h"
+#include "eviction/random.h"
 #include "replay.h"
 
 namespace tiered_mem {
@@ -33,6 +37,12 @@ const std::vector<BuiltIn>& built_ins() {
   static const std::vector<BuiltIn> all = {
       built_in<Lru>("lru", "evicts the block unused for longest", "textbook"),
       built_in<Fifo>("fifo", "evicts the block that came first", "textbook"),
+      built_in<Random>("random", "evicts any block, seeded", "textbook"),
+      built_in<Lfru>("lfru", "half kept by recency, half by frequency",
+                     "Bilal and Kang, 2017 (arXiv:1702.04078)"),
+      built_in<Gdsf>("gdsf", "evicts what saves least time a byte, aged", "Cherkasova, 1998"),
+      built_in<LeastStale>("least-stale", "evicts what the pass hasn't used, layers in turn",
+                           "SpecMD, Hoang et al., 2026 (arXiv:2602.03921)"),
   };
   return all;
 }
