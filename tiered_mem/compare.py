@@ -24,6 +24,7 @@ import numpy as np
 
 import tiered_mem
 from tiered_mem.bounds import bounds
+from tiered_mem.catalogue import ALIGNMENT, round_up
 from tiered_mem.config import Size, format_size, parse_size
 from tiered_mem.errors import ConfigError, TieredMemError
 from tiered_mem.policies.prefetch import BUILT_INS, Oracle
@@ -177,24 +178,28 @@ def _name_traces(paths: Sequence[Path]) -> dict[Path, str]:
 def _budgets(trace: Trace, sizes: Sequence[Size]) -> dict[str, int]:
     """Return the distinct budgets with what they were written as. Raises `ConfigError`."""
     budgets: dict[int, str] = {}
-    largest = int(trace.blocks[1].max())
+    largest = round_up(int(trace.blocks[1].max()), ALIGNMENT)  # what its slot takes
     for size in sizes:
         nbytes = parse_size(size, whole=trace.total_nbytes)
         if nbytes < largest:
             raise ConfigError(
-                f"hbm={size} is {format_size(nbytes)} for {trace.name}, less than its largest "
-                f"block of {format_size(largest)}: give a larger budget"
+                f"hbm={size} is {format_size(nbytes)} for {trace.name}, less than the slot of "
+                f"its largest block, {format_size(largest)}: give a larger budget"
             )
         budgets.setdefault(nbytes, str(size))
     return {text: nbytes for nbytes, text in budgets.items()}
 
 
 def _choose_predictors(trace: Trace, wanted: Sequence[str]) -> list[str]:
-    chosen = [name for name in wanted if name != AUTO] if wanted else ["none"]
-    if AUTO in wanted:
-        chosen += [name for name, kind in BUILT_INS.items() if not kind.simulator_only]
-        chosen = [name for name in chosen if name in wanted or _can_drive(trace, name)]
-    return list(dict.fromkeys(chosen))
+    chosen: list[str] = []
+    for name in wanted:
+        chosen += _drivable(trace) if name == AUTO else [name]
+    return list(dict.fromkeys(chosen or ["none"]))
+
+
+def _drivable(trace: Trace) -> list[str]:
+    built_ins = (name for name, kind in BUILT_INS.items() if not kind.simulator_only)
+    return [name for name in built_ins if _can_drive(trace, name)]
 
 
 def _can_drive(trace: Trace, predictor: str) -> bool:

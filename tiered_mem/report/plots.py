@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, NullLocator, PercentFormatter
 
 from tiered_mem.config import format_size
 from tiered_mem.report.lines import Line, choose_lines, group_lines
@@ -104,7 +104,7 @@ _METRICS = (
     _Metric(
         "stall",
         "stall",
-        "stall per token, seconds",
+        "stall per token",
         lambda run: per_token(run, run["stall_seconds"]),
         (
             ("Belady on demand", (0, (1, 1.5)), _bound_stall("stall_seconds_demand")),
@@ -117,7 +117,7 @@ _METRICS = (
 def draw_plots(results: dict[str, Any]) -> list[Plot]:
     """Draw a plot of each metric for each trace."""
     plots = []
-    predictors = list(dict.fromkeys(run["prefetch"] for run in results["runs"]))
+    predictors = list(dict.fromkeys(["none", *(run["prefetch"] for run in results["runs"])]))
     for number, trace in enumerate(results["traces"], 1):
         lines = group_lines(run for run in results["runs"] if run["trace"] == trace["name"])
         chosen = choose_lines(lines)
@@ -182,6 +182,9 @@ class _Picture:
             spine.set_color(theme.faint)
         if self.metric.name == "miss-ratio":
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+        else:
+            axes.yaxis.set_major_formatter(EngFormatter("s"))
+        axes.margins(x=0.08)
         self._set_ticks(axes)
 
     def _set_ticks(self, axes: Axes) -> None:
