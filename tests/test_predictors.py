@@ -329,6 +329,7 @@ def test_a_head_is_what_was_saved_and_scores_as_it_says(tmp_path: Path, units: i
 def test_without_a_residual_or_a_pair_of_layers_it_says_nothing() -> None:
     predictor = Learned(head(3))
     assert predictor.predict(decision(0, [1])._replace(state=None)) == ()
+    assert predictor.predict(decision(0, [1])._replace(state=np.zeros(HIDDEN, np.float32))) == ()
     assert predictor.predict(decision(0, [1])._replace(next_layer=2)) == ()
 
 

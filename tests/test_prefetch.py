@@ -11,6 +11,7 @@ import families
 import pytest
 import torch
 from tiered_mem.policies.prefetch import list_predictors, make_predictor
+from tiered_mem.policies.prefetch.previous_token import PreviousToken
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -104,11 +105,13 @@ def test_next_gate_leaves_every_family_as_it_is(name: str) -> None:
     expected, hooks_before = families.logits(model, inputs), num_hooks(model)
     buffers = {key: buffer.clone() for key, buffer in model.named_buffers()}
     random_state = torch.get_rng_state()
+    residuals: list[tuple[int, Any]] = []
     with listening(model, "next-gate") as listener:
         # The first forward finds the norms, the second makes the ghosts, the third predicts.
         for _ in range(3):
+            listener.hooks.observe(lambda route: residuals.append((route.layer, route.residual())))
             assert torch.equal(families.logits(model, inputs), expected)
-        report = listener.hooks.report()
+        report, hidden_size = listener.hooks.report(), listener.hooks.info.hidden_size
 
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(buffer, buffers[key]) for key, buffer in model.named_buffers())
@@ -119,6 +122,9 @@ def test_next_gate_leaves_every_family_as_it_is(name: str) -> None:
     else:
         assert all(line.startswith("next-gate") for line in later.values()), report
         assert {layer for _, layer, _, _ in listener.hints} >= set(later)
+        # None in the first forward, and where modules share a layer at all but one of them.
+        known = {layer: residual.shape for layer, residual in residuals if residual is not None}
+        assert known == dict.fromkeys(report, (hidden_size,))
     for _, _, ids, _ in listener.hints:
         assert ids and len(set(ids)) == len(ids) and set(ids) <= set(range(families.NUM_EXPERTS))
 
@@ -337,6 +343,36 @@ def test_layers_in_hbm_are_not_predicted() -> None:
         resident.clear()
         families.logits(model, inputs)
         assert listener.of_layer(1)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_predictor_that_learns_is_shown_what_needs_no_hint(
+    monkeypatch: pytest.MonkeyPatch, learns: bool
+) -> None:
+    model, inputs = families.build("mixtral")
+    monkeypatch.setattr(PreviousToken, "learns", learns)
+    with listening(model, "previous-token", layer_resident=lambda layer: True) as listener:
+        shown: list[int] = []
+        predict = listener.hooks._predictor.predict
+        monkeypatch.setattr(
+            listener.hooks._predictor,
+            "predict",
+            lambda route: shown.append(route.layer) or predict(route),
+        )
+        families.logits(model, inputs)
+        assert not listener.hints
+    assert shown == ([0, 1, 2] if learns else [])
+
+
+def test_experts_of_other_machines_are_not_shown() -> None:
+    """An id from num_experts up stands for an expert that another machine holds."""
+    model, _ = families.build("mixtral")
+    shown: list[list[int]] = []
+    with listening(model, "none") as listener:
+        listener.hooks.observe(lambda route: shown.append(list(route.experts())))
+        listener.hooks.on_route(0, torch.tensor([[3, families.NUM_EXPERTS]]))
+        listener.hooks.on_route(0, torch.tensor([[3, families.NUM_EXPERTS], [1, 3]]))
+    assert shown == [[3], [3, 1]]
 
 
 def test_layers_that_do_not_pay_are_only_probed() -> None:

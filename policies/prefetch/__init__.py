@@ -123,11 +123,14 @@ def _from_plugin(name: str, arguments: list[str], spec: str) -> tuple[Predictor,
     found: type[Predictor] = plugins.load(name, "prefetch")
     who = plugins.describe(name)
     try:
-        return found.from_arguments(arguments), who
+        made: object = found.from_arguments(arguments)
     except TieredMemError:
         raise
     except Exception as error:
         raise PolicyError(f"{who} raised {error!r} when it was made") from error
+    if not isinstance(made, Predictor):
+        raise PolicyError(f"{who} made {made!r}, which is no Predictor")
+    return made, who
 
 
 def _choices(others: Sequence[str]) -> str:

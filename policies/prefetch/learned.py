@@ -161,7 +161,7 @@ class Learned(Predictor):
         if pair is None:
             return ()
         residual = route.residual()
-        if residual is None:
+        if residual is None or not residual.any():  # a trace holds zeros where it wasn't known
             return ()
         head = self._head
         inside = residual / np.sqrt(residual.dot(residual) / len(residual) + EPSILON)
