@@ -235,14 +235,11 @@ class _Picture:
         bounds: list[tuple[str, Any]] = []
         for label, dashes, value in self.metric.bounds:
             xs, ys = self._points(runs, value)
-            if xs:
-                style: dict[str, Any] = {
-                    "color": theme.ink,
-                    "linewidth": 1.6,
-                    "marker": "_",
-                    "zorder": 2,
-                }
-                bounds.append((label, axes.plot(xs, ys, linestyle=dashes, **style)[0]))
+            style: dict[str, Any] = {"color": theme.ink, "linestyle": dashes, "linewidth": 1.6}
+            if len(xs) == 1:
+                bounds.append((label, axes.axhline(ys[0], zorder=2, **style)))
+            elif xs:
+                bounds.append((label, axes.plot(xs, ys, marker="_", zorder=2, **style)[0]))
         return [*chosen, *handles, *bounds]
 
     def _points(
