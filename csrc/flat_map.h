@@ -23,6 +23,11 @@ class FlatMap {
   }
   const Value* find(Key key) const { return const_cast<FlatMap*>(this)->find(key); }
 
+  /// Fetches the cell where `find` will start into the CPU's caches.
+  void prefetch(Key key) const {
+    if (!cells_.empty()) __builtin_prefetch(&cells_[home(key)]);
+  }
+
   /// Inserts or overwrites. Pointers into the map are invalid afterwards.
   Value& put(Key key, Value value) {
     if ((size_ + 1) * 2 > cells_.size()) grow();

@@ -4,6 +4,8 @@
 #include <mutex>
 
 #include "error.h"
+#include "eviction/arc.h"
+#include "eviction/clock.h"
 #include "eviction/fifo.h"
 #include "eviction/gdsf.h"
 #include "eviction/least_stale.h"
@@ -11,6 +13,7 @@
 #include "eviction/lru.h"
 #include "eviction/per_layer.h"
 #include "eviction/random.h"
+#include "eviction/sieve.h"
 #include "replay.h"
 
 namespace tiered_mem {
@@ -37,6 +40,12 @@ const std::vector<BuiltIn>& built_ins() {
   static const std::vector<BuiltIn> all = {
       built_in<Lru>("lru", "evicts the block unused for longest", "textbook"),
       built_in<Fifo>("fifo", "evicts the block that came first", "textbook"),
+      built_in<Clock>("clock", "FIFO with a second chance for what was used",
+                      "Corbató, 1968 (Multics)"),
+      built_in<Sieve>("sieve", "a hand passes over what was used and moves nothing",
+                      "Zhang et al., NSDI 2024"),
+      built_in<Arc>("arc", "balances what was used once and again by what it lost of either",
+                    "Megiddo and Modha, FAST 2003"),
       built_in<Random>("random", "evicts any block, seeded", "textbook"),
       built_in<Lfru>("lfru", "half kept by recency, half by frequency",
                      "Bilal and Kang, 2017 (arXiv:1702.04078)"),

@@ -1,23 +1,35 @@
 #pragma once
 
+#include "block_lists.h"
 #include "policy.h"
-#include "recency_list.h"
 
 namespace tiered_mem {
 
 /// Least recently used.
 class Lru final : public EvictionPolicy {
  public:
-  void insert(Key key, std::uint64_t) override { list_.push_front(key); }
-  bool touch(Key key) override { return list_.move_to_front(key); }
-  void erase(Key key) override { list_.erase(key); }
-  std::optional<Key> evict(const Evictable& evictable, Key) override {
-    return list_.pop_back(evictable);
+  void insert(Key key, std::uint64_t nbytes) override { blocks_.add(kUsed, key, nbytes); }
+  bool touch(Key key) override {
+    const auto id = blocks_.find(key);
+    if (id == 0) return false;
+    blocks_.move(id, kUsed);
+    return true;
   }
-  std::size_t size() const override { return list_.size(); }
+  void erase(Key key) override {
+    if (const auto id = blocks_.find(key)) blocks_.remove(id);
+  }
+  std::optional<Key> evict(const Evictable& evictable, Key) override {
+    const auto id = blocks_.oldest(kUsed, evictable);
+    if (id == 0) return std::nullopt;
+    return blocks_.remove(id);
+  }
+  std::size_t size() const override { return blocks_.size(kUsed); }
+  void prefetch(Key key) const { blocks_.prefetch(key); }
 
  private:
-  RecencyList list_;
+  enum List : std::uint32_t { kUsed, kNumLists };
+  struct NoNote {};
+  BlockLists<kNumLists, NoNote> blocks_;
 };
 
 }  // namespace tiered_mem
