@@ -62,6 +62,7 @@ class BareResidency {
     if (block.state != State::ready) residency_.mark_ready(block);
   }
   void protect(Key key, bool on) { residency_.protect(known(key), on); }
+  void begin_event(Key key) { residency_.policy().begin_event(partition_of(key)); }
   void drop(Key key) {
     Block& block = known(key);
     if (block.pins > 0) throw ConfigError("drop: somebody pins this block");
@@ -109,6 +110,7 @@ void bind_residency(py::module_& m) {
       .def("unpin", &BareResidency::unpin, py::arg("key"))
       .def("mark_ready", &BareResidency::mark_ready, py::arg("key"))
       .def("protect", &BareResidency::protect, py::arg("key"), py::arg("on"))
+      .def("begin_event", &BareResidency::begin_event, py::arg("key"))
       .def("drop", &BareResidency::drop, py::arg("key"))
       .def("resize", &BareResidency::resize, py::arg("budget"), "False while pins hold slabs back.")
       .def("keys", &BareResidency::keys)

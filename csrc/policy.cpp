@@ -10,10 +10,16 @@
 #include "eviction/gdsf.h"
 #include "eviction/least_stale.h"
 #include "eviction/lfru.h"
+#include "eviction/lfu.h"
+#include "eviction/lirs.h"
 #include "eviction/lru.h"
 #include "eviction/per_layer.h"
 #include "eviction/random.h"
+#include "eviction/s3_fifo.h"
 #include "eviction/sieve.h"
+#include "eviction/slru.h"
+#include "eviction/two_q.h"
+#include "eviction/w_tiny_lfu.h"
 #include "replay.h"
 
 namespace tiered_mem {
@@ -46,6 +52,18 @@ const std::vector<BuiltIn>& built_ins() {
                       "Zhang et al., NSDI 2024"),
       built_in<Arc>("arc", "balances what was used once and again by what it lost of either",
                     "Megiddo and Modha, FAST 2003"),
+      built_in<Slru>("slru", "LRU in four segments, a use lifts by one",
+                     "Karedla et al., IEEE Computer 1994"),
+      built_in<TwoQ>("2q", "a FIFO queue for newcomers, LRU for what comes again",
+                     "Johnson and Shasha, VLDB 1994"),
+      built_in<Lirs>("lirs", "keeps what has a short time between its last two uses",
+                     "Jiang and Zhang, SIGMETRICS 2002"),
+      built_in<S3Fifo>("s3-fifo", "a small and a main FIFO queue, and ghosts",
+                       "Yang et al., SOSP 2023"),
+      built_in<WTinyLfu>("w-tinylfu", "admits by frequency what leaves a small LRU window",
+                         "Einziger, Friedman and Manes, 2017 (arXiv:1512.00727)"),
+      built_in<Lfu>("lfu", "evicts the block used least often, with dynamic aging",
+                    "Arlitt et al., 1999"),
       built_in<Random>("random", "evicts any block, seeded", "textbook"),
       built_in<Lfru>("lfru", "half kept by recency, half by frequency",
                      "Bilal and Kang, 2017 (arXiv:1702.04078)"),
