@@ -102,6 +102,17 @@ void finish_chunk(const Extent& extent, size_t i, uint32_t crc, const std::byte*
   }
 }
 
+void read_piece(const Extent& extent, size_t i, uint64_t first, uint64_t nbytes, std::byte* dst) {
+  extent.file->read(extent.chunks.at(i).offset + first, round_up(nbytes, kIoAlignment), nbytes,
+                    dst + first);
+}
+
+void check_chunk(const Extent& extent, size_t i, const std::byte* bytes) {
+  const Chunk& chunk = extent.chunks.at(i);
+  if (crc32c(bytes, chunk.stored_nbytes) != chunk.crc)
+    throw ChecksumMismatch(extent.file->path(), chunk.offset);
+}
+
 void read_chunk(const Extent& extent, size_t i, std::byte* dst, size_t room, Scratch& scratch) {
   const Chunk& chunk = extent.chunks.at(i);
   const size_t length = round_up(chunk.stored_nbytes, kIoAlignment);

@@ -73,6 +73,14 @@ void read_chunk(const Extent& extent, size_t i, std::byte* dst, Scratch& scratch
 // The same where only `room` bytes may be written, at least the chunk's.
 void read_chunk(const Extent& extent, size_t i, std::byte* dst, size_t room, Scratch& scratch);
 
+// Reads a part of chunk `i`, uncompressed: `nbytes` from byte `first` of it, a multiple of
+// kIoAlignment, to `dst` + `first`, aligned, with room as for the chunk. Checks nothing: call
+// `check_chunk` when all parts are there. Throws IoError.
+void read_piece(const Extent& extent, size_t i, uint64_t first, uint64_t nbytes, std::byte* dst);
+
+// Compares the checksum of an uncompressed chunk's bytes. Throws ChecksumMismatch.
+void check_chunk(const Extent& extent, size_t i, const std::byte* bytes);
+
 // Whether chunk `i` can be read straight to `dst`, where `room` bytes may be written.
 bool lands_in_place(const Extent& extent, size_t i, const std::byte* dst, size_t room);
 

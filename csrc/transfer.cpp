@@ -30,7 +30,12 @@ std::uint64_t Transfer::chunk_nbytes(std::uint32_t chunk) const {
   return extent ? extent->chunks[chunk].stored_nbytes : std::min(kChunk, nbytes - chunk * kChunk);
 }
 
-TransferEngine::TransferEngine(std::size_t num_threads, Device& device) : device_(&device) {
+TransferEngine::TransferEngine(std::size_t num_threads, Device& device, PrefetchPace pace)
+    : device_(&device), prefetch_pace_(pace) {
+  // A demand finds a thread that isn't busy with guesses.
+  prefetch_pace_.num_pieces =
+      std::clamp<std::size_t>(pace.num_pieces, 1, std::max<std::size_t>(num_threads, 2) - 1);
+
   for (std::size_t i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
 }
 
@@ -80,7 +85,7 @@ bool TransferEngine::raise_locked(const std::shared_ptr<Transfer>& transfer) {
   transfer->priority_ = Priority::demand;
   num_in_flight(*transfer) += transfer->num_in_flight_;
   transfer->abandoned_ = false;
-  if (transfer->next_chunk_ < transfer->num_chunks()) enqueue(transfer);
+  if (!transfer->all_claimed()) enqueue(transfer);
   return true;
 }
 
@@ -89,7 +94,7 @@ bool TransferEngine::cancel(const std::shared_ptr<Transfer>& transfer) {
   if (transfer->ended()) return false;
   Queue& queue = transfer->priority_ == Priority::demand ? demand_ : prefetch_;
   const auto found = std::find(queue.begin(), queue.end(), transfer);
-  if (found == queue.end()) return false;  // too late: its last chunk is under way
+  if (found == queue.end()) return false;  // too late: its last piece is under way
   queue.erase(found);
   transfer->abandoned_ = true;
   if (transfer->num_in_flight_ > 0) return false;
@@ -136,15 +141,15 @@ std::size_t& TransferEngine::num_in_flight(const Transfer& transfer) {
                        [static_cast<std::size_t>(transfer.priority_)];
 }
 
-// A prefetch starts only on an idle link, and one chunk at a time, so that a demand never waits
-// for more than a single chunk of it.
+// A prefetch starts only on a link without demands, and few pieces at a time, so that a demand
+// never waits for more than these.
 bool TransferEngine::may_start(const Transfer& transfer) const {
   for (const auto& before : transfer.after)
     if (!before->ended()) return false;
   if (transfer.fed_by && !transfer.fed_by->ended()) return false;
   if (transfer.priority_ == Priority::demand) return true;
   const auto& busy = num_in_flight_[static_cast<std::size_t>(transfer.link)];
-  return busy[0] + busy[1] == 0;
+  return busy[0] == 0 && busy[1] < prefetch_pace_.num_pieces;
 }
 
 // The next chunk to move, of one link alone if `only` says so.
@@ -157,10 +162,20 @@ bool TransferEngine::claim_from(Queue& queue, Claim& claim, const Link* only) {
     if (only != nullptr && (*it)->link != *only) continue;
     const std::shared_ptr<Transfer> transfer = *it;
     if (!may_start(*transfer)) continue;
-    claim = {transfer, transfer->next_chunk_++};
+    claim = {transfer, transfer->next_chunk_, transfer->next_byte_, 0};
+    const std::uint64_t left = transfer->chunk_nbytes(claim.chunk) - claim.first;
+    // What is compressed is decoded as a whole.
+    const bool divisible = !transfer->extent || transfer->extent->codec == Codec::none;
+    const bool in_pieces = transfer->priority_ == Priority::prefetch && divisible;
+    claim.nbytes = in_pieces ? std::min(left, prefetch_pace_.piece_nbytes) : left;
+    transfer->next_byte_ += claim.nbytes;
+    if (claim.nbytes == left) {
+      ++transfer->next_chunk_;
+      transfer->next_byte_ = 0;
+    }
     ++transfer->num_in_flight_;
     ++num_in_flight(*transfer);
-    if (transfer->next_chunk_ >= transfer->num_chunks()) queue.erase(it);
+    if (transfer->all_claimed()) queue.erase(it);
     return true;
   }
   return false;
@@ -176,23 +191,24 @@ void TransferEngine::work() {
     std::exception_ptr error;
     lock.unlock();
     try {
-      move_chunk(mine, scratch);
+      move(mine, scratch);
+      lock.lock();
+      check_if_last(mine, lock);
     } catch (...) {
       error = std::current_exception();
+      if (!lock.owns_lock()) lock.lock();
     }
-    lock.lock();
-    wait_for_turn(mine.transfer->link, mine.transfer->chunk_nbytes(mine.chunk), lock);
+    wait_for_turn(mine.transfer->link, mine.nbytes, lock);
     land(lock, mine, error);
   }
 }
 
-// A claimed chunk has arrived, or failed to.
+// A claimed piece has arrived, or failed to.
 void TransferEngine::land(std::unique_lock<std::mutex>& lock, const Claim& claim,
                           std::exception_ptr error) {
   Transfer& transfer = *claim.transfer;
-  const std::uint64_t nbytes = transfer.chunk_nbytes(claim.chunk);
-  nbytes_moved_[static_cast<std::size_t>(transfer.link)] += nbytes;
-  transfer.nbytes_moved_ += nbytes;
+  nbytes_moved_[static_cast<std::size_t>(transfer.link)] += claim.nbytes;
+  transfer.nbytes_moved_ += claim.nbytes;
   --transfer.num_in_flight_;
   --num_in_flight(transfer);
   // A cancelled transfer's error counts too: the transfer may be raised again.
@@ -202,15 +218,15 @@ void TransferEngine::land(std::unique_lock<std::mutex>& lock, const Claim& claim
     Queue& queue = transfer.priority_ == Priority::demand ? demand_ : prefetch_;
     queue.erase(std::remove(queue.begin(), queue.end(), claim.transfer), queue.end());
   }
-  const bool all_claimed = transfer.next_chunk_ >= transfer.num_chunks();
-  if (transfer.num_in_flight_ == 0 && (transfer.abandoned_ || all_claimed))
+  if (transfer.num_in_flight_ == 0 && (transfer.abandoned_ || transfer.all_claimed()))
     finish(lock, claim.transfer);
   wake_.notify_all();
 }
 
 // --- the virtual clock ---
 
-TransferEngine::TransferEngine(const LinkSpeeds& speeds) : device_(nullptr), speeds_(speeds) {
+TransferEngine::TransferEngine(const LinkSpeeds& speeds, PrefetchPace pace)
+    : device_(nullptr), prefetch_pace_(pace), speeds_(speeds) {
   for (const LinkSpeed& speed : speeds)
     if (!(speed.bytes_per_second > 0) || !(speed.latency >= 0))
       throw ConfigError("a link needs a speed above 0 bytes per second and a latency from 0 on");
@@ -218,14 +234,13 @@ TransferEngine::TransferEngine(const LinkSpeeds& speeds) : device_(nullptr), spe
 
 double TransferEngine::now() const { return is_virtual() ? now_ : seconds_now(); }
 
-// Every link that is free takes its next chunk.
+// Every link that is free takes its next piece.
 void TransferEngine::start_virtual() {
   for (std::size_t i = 0; i < kNumLinks; ++i) {
     const Link link = static_cast<Link>(i);
     Claim claimed;
     if (free_at_[i] > now_ || !claim(claimed, &link)) continue;
-    const std::uint64_t nbytes = claimed.transfer->chunk_nbytes(claimed.chunk);
-    free_at_[i] = now_ + static_cast<double>(nbytes) / speeds_[i].bytes_per_second;
+    free_at_[i] = now_ + static_cast<double>(claimed.nbytes) / speeds_[i].bytes_per_second;
     landings_.push({free_at_[i] + speeds_[i].latency, num_started_++, std::move(claimed)});
   }
 }
@@ -255,17 +270,35 @@ void TransferEngine::advance(double seconds) {
   now_ = until;
 }
 
-void TransferEngine::move_chunk(const Claim& claim, Scratch& scratch) {
+void TransferEngine::move(const Claim& claim, Scratch& scratch) {
   Transfer& transfer = *claim.transfer;
-  const std::uint64_t first = claim.chunk * kChunk;
   if (transfer.extent) {
-    read_chunk(*transfer.extent, claim.chunk, transfer.target + first, scratch);
+    std::byte* const target = transfer.target + claim.chunk * kChunk;
+    if (claim.whole())
+      read_chunk(*transfer.extent, claim.chunk, target, scratch);
+    else
+      read_piece(*transfer.extent, claim.chunk, claim.first, claim.nbytes, target);
     return;
   }
   if (transfer.fed_by && transfer.fed_by->status() != Transfer::Status::done)
     throw Error("the block was to be copied from a copy that didn't arrive");
-  const std::uint64_t nbytes = std::min(kChunk, transfer.nbytes - first);
-  device_->wait(device_->copy_async(transfer.target + first, transfer.source + first, nbytes));
+  const std::uint64_t first = claim.chunk * kChunk + claim.first;
+  device_->wait(
+      device_->copy_async(transfer.target + first, transfer.source + first, claim.nbytes));
+}
+
+// Whoever brings the last piece of a chunk of a file compares its checksum. Gives the lock up for
+// that. Throws ChecksumMismatch.
+void TransferEngine::check_if_last(const Claim& claim, std::unique_lock<std::mutex>& lock) {
+  Transfer& transfer = *claim.transfer;
+  if (!transfer.extent || claim.whole()) return;
+  transfer.landed_.resize(transfer.num_chunks());
+  std::uint64_t& landed = transfer.landed_[claim.chunk];
+  landed += claim.nbytes;
+  if (landed < transfer.chunk_nbytes(claim.chunk)) return;
+  lock.unlock();
+  check_chunk(*transfer.extent, claim.chunk, transfer.target + claim.chunk * kChunk);
+  lock.lock();
 }
 
 // A throttled link carries one chunk after the other, each as long as its bytes take.

@@ -1,8 +1,8 @@
 // The transfer engine: I/O threads that move blocks in chunks of at most 1 MiB.
 //
-// Demand overtakes prefetch at the next chunk. A prefetch chunk starts only while nothing else is
-// in flight on its link, one at a time, so a wrong guess costs a demand at most the one chunk that
-// is under way. The threads know nothing of Python, policies or residency.
+// Demand overtakes prefetch at the next piece of a chunk. Prefetch moves in small pieces, a few at
+// a time, and only while no demand is in flight on its link, so a wrong guess costs a demand at
+// most the pieces that are under way. The threads know nothing of Python, policies or residency.
 //
 // An engine over virtual links has no threads and moves no bytes: its chunks take the time that
 // such links would need, on a clock that goes on when its owner says so. What is queued, claimed,
@@ -36,7 +36,7 @@ constexpr std::size_t kNumLinks = 3;
 const char* link_name(Link link);
 
 /// A virtual link: how many bytes a second it carries, and the seconds from the last byte's start
-/// until they have arrived. Its chunks follow one another without waiting for arrivals.
+/// until they have arrived. Its pieces follow one another without waiting for arrivals.
 struct LinkSpeed {
   double bytes_per_second = 0;
   double latency = 0;
@@ -76,23 +76,33 @@ class Transfer : public std::enable_shared_from_this<Transfer> {
  private:
   friend class TransferEngine;
   std::uint32_t num_chunks() const;
+  bool all_claimed() const { return next_chunk_ >= num_chunks(); }
   std::uint64_t chunk_nbytes(std::uint32_t chunk) const;  // as the link sees them
 
   Priority priority_ = Priority::demand;
-  std::uint32_t next_chunk_ = 0;     // the first that no thread has claimed
-  std::uint32_t num_in_flight_ = 0;  // claimed and not finished
+  std::uint32_t next_chunk_ = 0;       // the first that isn't wholly claimed
+  std::uint64_t next_byte_ = 0;        // of that chunk: the first that no thread has claimed
+  std::uint32_t num_in_flight_ = 0;    // pieces claimed and not finished
+  std::vector<std::uint64_t> landed_;  // bytes, by chunk, of chunks that came in pieces
   std::uint64_t nbytes_moved_ = 0;
   bool abandoned_ = false;  // cancelled or failed: claim no further chunk
   std::exception_ptr error_;
   std::atomic<Status> status_{Status::queued};
 };
 
+/// How prefetch moves: at most so many pieces of so many bytes (pages) at a time on a link. Small
+/// ones let demand through soon; several hide the latency that each of them has.
+struct PrefetchPace {
+  std::uint64_t piece_nbytes = 128 << 10;
+  std::size_t num_pieces = 4;
+};
+
 class TransferEngine {
  public:
   /// `device` copies between memories and outlives the engine.
-  TransferEngine(std::size_t num_threads, Device& device);
+  TransferEngine(std::size_t num_threads, Device& device, PrefetchPace pace = {});
   /// An engine on a virtual clock. Throws ConfigError unless every link has a speed.
-  explicit TransferEngine(const LinkSpeeds& speeds);
+  explicit TransferEngine(const LinkSpeeds& speeds, PrefetchPace pace = {});
   /// Cancels what hasn't started and waits for the chunks in flight.
   ~TransferEngine();
   TransferEngine(const TransferEngine&) = delete;
@@ -131,6 +141,9 @@ class TransferEngine {
   struct Claim {
     std::shared_ptr<Transfer> transfer;
     std::uint32_t chunk = 0;
+    std::uint64_t first = 0;   // byte of the chunk
+    std::uint64_t nbytes = 0;  // as the link sees them
+    bool whole() const { return nbytes == transfer->chunk_nbytes(chunk); }
   };
 
   static constexpr double kForever = 1e300;
@@ -145,18 +158,20 @@ class TransferEngine {
   std::size_t& num_in_flight(const Transfer& transfer);
   void enqueue(const std::shared_ptr<Transfer>& transfer);
   bool raise_locked(const std::shared_ptr<Transfer>& transfer);
-  void move_chunk(const Claim& claim, Scratch& scratch);
+  void move(const Claim& claim, Scratch& scratch);
+  void check_if_last(const Claim& claim, std::unique_lock<std::mutex>& lock);
   void wait_for_turn(Link link, std::uint64_t nbytes, std::unique_lock<std::mutex>& lock);
   void finish(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Transfer>& transfer);
   void end(Transfer& transfer);
 
   Device* device_;  // null: virtual
+  PrefetchPace prefetch_pace_;
   mutable std::mutex mutex_;
   std::condition_variable wake_;                  // work came, a dependency ended, or stop
   std::condition_variable quiet_;                 // a transfer ended
   std::condition_variable pace_changed_;          // a throttle was changed, or stop
   Queue demand_, prefetch_;                       // those with chunks left to claim, oldest first
-  std::size_t num_in_flight_[kNumLinks][2] = {};  // chunks by link and priority
+  std::size_t num_in_flight_[kNumLinks][2] = {};  // pieces by link and priority
   std::size_t num_open_ = 0;                      // submitted and not ended
   bool stopping_ = false;
   bool closing_ = false;

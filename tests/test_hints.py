@@ -205,10 +205,10 @@ def test_a_predictor_that_is_never_right_moves_nothing(blocks: Blocks) -> None:
 def test_a_predictor_that_goes_wrong_is_switched_off_and_comes_back(blocks: Blocks) -> None:
     tiers = make(blocks, 8)
     learn(tiers, 1)
-    for step in range(100):
+    for step in range(200):
         tiers.hint(experts(1, [(step + 5) % NUM_EXPERTS]))
         use(tiers, 1, [step % NUM_EXPERTS])
-        if step == 49:
+        if step == 149:
             before = tiers.stats()["num_prefetched"]
     assert not tiers.precision()[expert(1, 0) >> 32][2]
     assert tiers.stats()["num_prefetched"] == before

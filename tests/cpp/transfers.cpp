@@ -83,9 +83,12 @@ class GatedDevice final : public Device {
 struct Block {
   std::shared_ptr<std::vector<std::byte>> source, target;
   std::shared_ptr<Transfer> transfer = std::make_shared<Transfer>();
-  int num_ends = 0;
-  std::mutex mutex;
-  std::condition_variable ended;
+  struct Ends {  // outlives the block while a thread still says that its transfer ended
+    int num = 0;
+    std::mutex mutex;
+    std::condition_variable changed;
+  };
+  std::shared_ptr<Ends> ends = std::make_shared<Ends>();
 
   Block(char name, std::size_t num_chunks, std::uint64_t due = 0, double probability = 0,
         Link link = Link::dram_to_hbm) {
@@ -100,15 +103,15 @@ struct Block {
     transfer->due = due;
     transfer->probability = probability;
     transfer->keep_alive = {source, target};
-    transfer->on_end = [this](Transfer&) {
-      std::lock_guard lock(mutex);
-      ++num_ends;
-      ended.notify_all();
+    transfer->on_end = [ends = ends](Transfer&) {
+      std::lock_guard lock(ends->mutex);
+      ++ends->num;
+      ends->changed.notify_all();
     };
   }
   Transfer::Status wait() {
-    std::unique_lock lock(mutex);
-    ended.wait(lock, [&] { return num_ends > 0; });
+    std::unique_lock lock(ends->mutex);
+    ends->changed.wait(lock, [&] { return ends->num > 0; });
     return transfer->status();
   }
   bool arrived() const { return *source == *target; }
@@ -116,9 +119,12 @@ struct Block {
 
 using Status = Transfer::Status;
 
+// Whole chunks, one at a time: the order is easy to follow.
+constexpr PrefetchPace kWholeChunks{kChunk, 1};
+
 void demand_overtakes_prefetch_at_the_next_chunk() {
   GatedDevice device;
-  TransferEngine engine(1, device);
+  TransferEngine engine(1, device, kWholeChunks);
   Block guess('g', 3), demand('d', 2);
   CHECK(engine.submit(guess.transfer, Priority::prefetch));
   device.await("g0");
@@ -132,7 +138,7 @@ void demand_overtakes_prefetch_at_the_next_chunk() {
 
 void prefetches_go_by_due_time_and_probability_one_chunk_at_a_time() {
   GatedDevice device;
-  TransferEngine engine(3, device);
+  TransferEngine engine(3, device, kWholeChunks);
   Block first('f', 1), late('l', 1, 2, 1.0), unlikely('u', 1, 1, 0.1), likely('k', 2, 1, 0.9);
   engine.submit(first.transfer, Priority::prefetch);
   device.await("f0");
@@ -149,7 +155,7 @@ void prefetches_go_by_due_time_and_probability_one_chunk_at_a_time() {
 
 void a_prefetch_does_not_start_beside_a_demand_on_its_link() {
   GatedDevice device;
-  TransferEngine engine(2, device);
+  TransferEngine engine(2, device, kWholeChunks);
   Block demand('d', 1), guess('g', 1), other('o', 1, 0, 0, Link::hbm_to_dram);
   engine.submit(demand.transfer, Priority::demand);
   device.await("d0");
@@ -163,7 +169,7 @@ void a_prefetch_does_not_start_beside_a_demand_on_its_link() {
 
 void a_raised_prefetch_is_a_demand() {
   GatedDevice device;
-  TransferEngine engine(1, device);
+  TransferEngine engine(1, device, kWholeChunks);
   Block first('f', 1), second('s', 1), third('t', 1);
   engine.submit(first.transfer, Priority::prefetch);
   device.await("f0");
@@ -178,7 +184,7 @@ void a_raised_prefetch_is_a_demand() {
 
 void a_cancelled_transfer_moves_nothing_more() {
   GatedDevice device;
-  TransferEngine engine(1, device);
+  TransferEngine engine(1, device, kWholeChunks);
   Block started('s', 3), queued('q', 1);
   engine.submit(started.transfer, Priority::prefetch);
   device.await("s0");
@@ -188,7 +194,7 @@ void a_cancelled_transfer_moves_nothing_more() {
   CHECK(!buffer.expired());               // the ticket keeps it alive
   CHECK(engine.cancel(queued.transfer));  // ended by it, so nobody is called
   CHECK(buffer.expired());
-  CHECK(queued.transfer->status() == Status::cancelled && queued.num_ends == 0);
+  CHECK(queued.transfer->status() == Status::cancelled && queued.ends->num == 0);
   CHECK(!engine.cancel(started.transfer));  // its chunk is under way
   CHECK(!started.transfer->ended());
   device.let("s0");
@@ -199,7 +205,7 @@ void a_cancelled_transfer_moves_nothing_more() {
 
 void a_cancelled_transfer_can_be_raised_while_its_chunk_is_under_way() {
   GatedDevice device;
-  TransferEngine engine(1, device);
+  TransferEngine engine(1, device, kWholeChunks);
   Block block('b', 3);
   engine.submit(block.transfer, Priority::prefetch);
   device.await("b0");
@@ -211,7 +217,7 @@ void a_cancelled_transfer_can_be_raised_while_its_chunk_is_under_way() {
 
 void a_failed_chunk_is_not_forgotten_by_cancel_and_raise() {
   GatedDevice device;
-  TransferEngine engine(2, device);
+  TransferEngine engine(2, device, kWholeChunks);
   Block block('b', 3);
   engine.submit(block.transfer, Priority::demand);
   device.await("b0");
@@ -225,12 +231,12 @@ void a_failed_chunk_is_not_forgotten_by_cancel_and_raise() {
   CHECK(!engine.raise(block.transfer));
   device.let_all();
   CHECK(block.wait() == Status::failed);
-  CHECK(block.transfer->error() != nullptr && block.num_ends == 1);
+  CHECK(block.transfer->error() != nullptr && block.ends->num == 1);
 }
 
 void a_transfer_waits_for_those_before_it() {
   GatedDevice device;
-  TransferEngine engine(2, device);
+  TransferEngine engine(2, device, kWholeChunks);
   Block reader('r', 1, 0, 0, Link::hbm_to_dram), writer('w', 1), free('f', 1);
   writer.transfer->after = {reader.transfer};
   engine.submit(reader.transfer, Priority::demand);
@@ -247,7 +253,7 @@ void a_transfer_waits_for_those_before_it() {
 
 void a_copy_of_what_never_arrived_fails() {
   GatedDevice device;
-  TransferEngine engine(2, device);
+  TransferEngine engine(2, device, kWholeChunks);
   Block feed('f', 1, 0, 0, Link::hbm_to_dram), copy('c', 1);
   copy.transfer->fed_by = feed.transfer;
   device.fail("f0");
@@ -261,7 +267,7 @@ void a_copy_of_what_never_arrived_fails() {
 
 void what_a_demand_waits_for_is_a_demand() {
   GatedDevice device;
-  TransferEngine engine(1, device);
+  TransferEngine engine(1, device, kWholeChunks);
   Block busy('b', 1), other('o', 1, 0, 0, Link::hbm_to_dram);
   Block leaving('l', 1, 0, 0, Link::hbm_to_dram), load('d', 1);
   load.transfer->after = {leaving.transfer};
@@ -277,7 +283,7 @@ void what_a_demand_waits_for_is_a_demand() {
 
 void stop_ends_everything_once() {
   GatedDevice device;
-  TransferEngine engine(1, device);
+  TransferEngine engine(1, device, kWholeChunks);
   Block started('s', 2), queued('q', 1), guess('g', 1), late('l', 1);
   engine.submit(started.transfer, Priority::demand);
   device.await("s0");
@@ -289,13 +295,44 @@ void stop_ends_everything_once() {
   device.let_all();
   stopper.join();
   CHECK(started.transfer->status() == Status::cancelled);
-  CHECK(started.num_ends == 1 && queued.num_ends == 1 && guess.num_ends == 1);
+  CHECK(started.ends->num == 1 && queued.ends->num == 1 && guess.ends->num == 1);
   CHECK(!engine.submit(late.transfer, Priority::demand));
-  CHECK(late.transfer->status() == Status::cancelled && late.num_ends == 0);
+  CHECK(late.transfer->status() == Status::cancelled && late.ends->num == 0);
   CHECK(!engine.raise(late.transfer) && !engine.cancel(late.transfer));
 }
 
 }  // namespace
+
+void prefetch_moves_in_pieces_and_what_was_raised_goes_on_at_once() {
+  GatedDevice device;
+  TransferEngine engine(1, device, {kChunk / 4, 1});
+  Block guess('g', 1), demand('d', 1);
+  for (int i = 1; i < 4; ++i) (*guess.source)[i * kChunk / 4 + 1] = static_cast<std::byte>('a' + i);
+  engine.submit(guess.transfer, Priority::prefetch);
+  device.await("g0");
+  engine.submit(demand.transfer, Priority::demand);
+  for (const char* label : {"g0", "d0"}) device.let(label);
+  device.await("gb");
+  CHECK(engine.raise(guess.transfer));
+  for (const char* label : {"gb", "gc"}) device.let(label);
+  CHECK(guess.wait() == Status::done);
+  CHECK((device.log() == Log{"g0", "d0", "gb", "gc"}));  // the last two quarters came together
+  CHECK(guess.arrived() && engine.nbytes_moved(Link::dram_to_hbm) == 2 * kChunk);
+}
+
+void pieces_of_a_prefetch_leave_a_thread_to_demand() {
+  GatedDevice device;
+  TransferEngine engine(3, device, {kChunk / 4, 8});
+  Block guess('g', 1), demand('d', 1);
+  for (int i = 1; i < 4; ++i) (*guess.source)[i * kChunk / 4 + 1] = static_cast<std::byte>('a' + i);
+  engine.submit(guess.transfer, Priority::prefetch);
+  device.await("g0");
+  device.await("gb");
+  CHECK(device.log().size() == 2);
+  engine.submit(demand.transfer, Priority::demand);
+  for (const char* label : {"d0", "gb", "g0", "gc", "gd"}) device.let(label);
+  CHECK(guess.wait() == Status::done && demand.wait() == Status::done);
+}
 
 int main() {
   demand_overtakes_prefetch_at_the_next_chunk();
@@ -308,6 +345,8 @@ int main() {
   a_transfer_waits_for_those_before_it();
   a_copy_of_what_never_arrived_fails();
   what_a_demand_waits_for_is_a_demand();
+  prefetch_moves_in_pieces_and_what_was_raised_goes_on_at_once();
+  pieces_of_a_prefetch_leave_a_thread_to_demand();
   stop_ends_everything_once();
   std::puts("ok");
   return 0;
