@@ -81,6 +81,7 @@ PYBIND11_MODULE(_core, m) {
   using namespace tiered_mem;
   m.doc() = "The core of tiered-mem in C++.";
   bind_errors(m);
+  bind_bounds(m);
   bind_store(m);
   bind_policy(m);
   bind_residency(m);

@@ -51,6 +51,7 @@ inline std::vector<Key> to_vector(const KeyArray& keys) {
   return std::vector<Key>(keys.data(), keys.data() + keys.size());
 }
 
+void bind_bounds(py::module_& m);
 void bind_policy(py::module_& m);
 void bind_replay(py::module_& m);
 void bind_residency(py::module_& m);

@@ -209,3 +209,34 @@ def eviction_policies() -> list[tuple[str, str, str]]:
 
 def check_eviction(spec: str) -> None:
     """Raises `ConfigError` if there is no such policy."""
+
+# --- bounds ---
+
+class Future:
+    """A trace that is known in advance: accesses to blocks 0 to len(sizes) - 1, cut into events.
+
+    Raises `ConfigError` if the offsets cut nothing, a block has no size or an event it twice.
+    """
+
+    def __init__(
+        self,
+        offsets: npt.NDArray[np.int64],
+        blocks: npt.NDArray[np.uint32],
+        sizes: npt.NDArray[np.uint64],
+    ) -> None: ...
+
+def belady(
+    future: Future, *, capacity: int, pinned_nbytes: int, divisible: bool
+) -> npt.NDArray[np.uint64]:
+    """Return, by access, the bytes that were missing. Events up to `pinned_nbytes` stay whole."""
+
+def least_seconds(
+    future: Future,
+    *,
+    capacity: int,
+    pinned_nbytes: int,
+    bytes_per_second: float,
+    latency: float,
+    work: npt.NDArray[np.float64],
+) -> float:
+    """Return a time before which the events can't have ended; see `tiered_mem.bounds`."""
