@@ -289,13 +289,19 @@ def test_predictors_run_in_a_model_that_says_the_same(
     assert right / hints > 1.2 * TOP_K / NUM_EXPERTS
 
 
-def test_the_head_of_another_model_is_refused(store: Path, trace: Trace, tmp_path: Path) -> None:
+def test_the_head_of_another_model_is_refused(trace: Trace, tmp_path: Path) -> None:
     head, _ = train_head(trace, epochs=1)
     with (tmp_path / "other.npz").open("wb") as file:
         head._replace(model="gpt-oss-20b").save(file)
     spec = f"learned({tmp_path}/other.npz)"
+    # Before anything is packed.
     with (
         pytest.raises(ConfigError, match="head for 'gpt-oss-20b', this model is 'tiny-moe'"),
-        on_tiers(store, prefetch=spec),
+        on_tiers(tmp_path / "new", prefetch=spec),
     ):
         pass
+    assert not (tmp_path / "new").exists()
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    with pytest.raises(ConfigError, match="head for 'gpt-oss-20b'"):
+        tiered_mem.offload(model, nvme=tmp_path / "new", prefetch=spec)
+    assert not (tmp_path / "new").exists()

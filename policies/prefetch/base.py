@@ -126,7 +126,7 @@ class Predictor(ABC):
         return cls()
 
     def check(self, model: ModelInfo) -> None:  # noqa: B027  # most can serve any
-        """Called once, before any route. Raises `ConfigError` if it can't serve this model."""
+        """Called before any route. Raises `ConfigError` if it can't serve this model."""
 
     @abstractmethod
     def predict(self, route: Route) -> Sequence[int]:

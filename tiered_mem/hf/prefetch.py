@@ -134,7 +134,8 @@ class RouterHooks:
                     index, module, model.get_submodule(path), attribute, parent
                 )
         in_order = list(self._layers.values())
-        self.info = model_info(model, max((layer.num_experts for layer in in_order), default=0))
+        num_experts = max((layer.num_experts for layer in in_order), default=0)
+        self.info = model_info(model.config, num_experts)
         predictor.check(self.info)
         if predictor.uses_tables:
             for layer in in_order:

@@ -13,12 +13,11 @@ import torch
 from tiered_mem.policies.prefetch import ModelInfo
 
 
-def model_info(model: Any, num_experts: int) -> ModelInfo:
-    """Return a model's facts. Its name is the last part of where it was loaded from.
+def model_info(config: Any, num_experts: int) -> ModelInfo:
+    """Return the facts of the model of this config. Its name is the last part of its origin's.
 
     A model that was made in memory goes by its type.
     """
-    config = model.config
     path = str(getattr(config, "name_or_path", "") or "")
     name = path.rstrip("/").rpartition("/")[2] or str(config.model_type)
     hidden_size = getattr(config.get_text_config(), "hidden_size", 0)

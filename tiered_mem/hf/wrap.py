@@ -35,6 +35,7 @@ from tiered_mem.hf.hollow import hollow_experts, hollow_model
 from tiered_mem.hf.layout import ExpertLayout, per_expert_tensors
 from tiered_mem.hf.loading import default_model_class
 from tiered_mem.hf.pack import open_packed, pack
+from tiered_mem.hf.route import model_info
 from tiered_mem.hf.working_set import working_set
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.policies.prefetch import Predictor, make_predictor
@@ -84,7 +85,7 @@ def from_pretrained(
         CheckpointError: files missing, truncated or not fitting the model.
         StoreError: the store can't be used, or is another checkpoint's (`StoreMismatchError`).
     """
-    _check_options(prefetch, eviction, codec, hbm, dram, runtime)
+    predictor = _check_options(prefetch, eviction, codec, hbm, dram, runtime)
     stock = hf_kwargs.pop("experts_implementation", None)
     implementation = _implementation(stock)
     require_host_device_map(hf_kwargs.get("device_map"))
@@ -94,6 +95,7 @@ def from_pretrained(
         checkpoint = _open_checkpoint(path, model_class, hf_kwargs)
         undo.callback(checkpoint.close)
         layouts, needs = checkpoint.layouts, working_set(checkpoint.layouts, checkpoint.config)
+        predictor.check(model_info(checkpoint.config, layouts[0].num_experts))
         policy = runtime.eviction if runtime is not None else resolve_eviction(eviction or "lru")
         budgets = _budgets(hbm, dram, runtime, needs)
         budgets.check(needs, policy)
@@ -109,7 +111,7 @@ def from_pretrained(
             had_cycle = budgets.hbm >= needs.cycle_nbytes
             budgets = _budgets(hbm, dram, None, needs)
             budgets.check(needs, policy, warn=had_cycle)
-        _wrap(model, layouts, store, checkpoint, budgets, runtime, policy, prefetch, stock, undo)
+        _wrap(model, layouts, store, checkpoint, budgets, runtime, policy, predictor, stock, undo)
     return model
 
 
@@ -136,7 +138,7 @@ def offload(
         raise AlreadyWrappedError(
             "this model is on a runtime already (model.tiered_mem); unwrap() it first"
         )
-    _check_options(prefetch, eviction, codec, hbm, dram, runtime)
+    predictor = _check_options(prefetch, eviction, codec, hbm, dram, runtime)
     before = model.config._experts_implementation
     implementation = _implementation(before)
     require_host_model(model)
@@ -145,6 +147,7 @@ def offload(
         by_layer = {e.layer: ExpertLayout.of_module(e.module) for e in require_experts(model)}
         layouts = [by_layer[layer] for layer in sorted(by_layer)]
         needs = working_set(layouts, model.config)
+        predictor.check(model_info(model.config, layouts[0].num_experts))
         policy = runtime.eviction if runtime is not None else resolve_eviction(eviction or "lru")
         budgets = _budgets(hbm, dram, runtime, needs)
         budgets.check(needs, policy)
@@ -155,7 +158,7 @@ def offload(
             store = Store.open(directory)
             undo.callback(store.close)
             model.set_experts_implementation(implementation)
-            _wrap(model, layouts, store, None, budgets, runtime, policy, prefetch, before, undo)
+            _wrap(model, layouts, store, None, budgets, runtime, policy, predictor, before, undo)
     return model
 
 
@@ -167,7 +170,7 @@ def _wrap(
     budgets: Budgets,
     runtime: Runtime | None,
     eviction: str | type[EvictionPolicy],
-    prefetch: str | Predictor,
+    prefetch: Predictor,
     stock: str | None,
     undo: ExitStack,
 ) -> None:
@@ -257,18 +260,20 @@ def _check_options(
     hbm: Size | None,
     dram: Size | None,
     runtime: Runtime | None,
-) -> None:
-    make_predictor(prefetch)
+) -> Predictor:
+    """Refuse what needs no look at the model. Returns the predictor."""
+    predictor = make_predictor(prefetch)
     Codec.choose(codec, itemsize=1)
     if runtime is None:
         resolve_eviction(eviction or "lru")
-        return
+        return predictor
     if not isinstance(runtime, Runtime):
         raise ConfigError(f"runtime is a tiered_mem.Runtime, not {runtime!r}")
     if runtime.closed:
         raise RuntimeClosedError("the runtime is closed: make a new one")
     if any(option is not None for option in (hbm, dram, eviction)):
         raise ConfigError("a given runtime has its budgets and policy: leave hbm, dram, eviction")
+    return predictor
 
 
 def _implementation(stock: str | None) -> str:
