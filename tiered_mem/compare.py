@@ -275,7 +275,9 @@ def _naming(job: Job) -> Iterator[None]:
 def _work(job: Job) -> dict[str, Any]:
     place, trace = job.place, _load(job.place.path)
     if not job.eviction:
-        return bounds(trace, hbm=place.hbm_nbytes, machine=place.machine).as_dict()
+        return bounds(
+            trace, hbm=place.hbm_nbytes, machine=place.machine, dram=place.dram_nbytes
+        ).as_dict()
     return simulate(
         trace,
         hbm=place.hbm_nbytes,
