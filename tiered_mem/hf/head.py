@@ -72,7 +72,7 @@ class Lesson:
             raise ConfigError(f"the share held out is {held_out}; it must lie between 0 and 1")
         if trace.hidden is None:
             raise TraceError(
-                f"{trace.name} has no hidden states: record it with tiered-mem trace record --hidden"
+                f"{trace.name} has no hidden states: record it by tiered-mem trace record --hidden"
             )
         if trace.header.num_experts is None:
             raise TraceError(f"{trace.name} doesn't say how many experts its model has")
