@@ -12,7 +12,7 @@ from typing import Any
 
 from tiered_mem.config import format_size
 from tiered_mem.report.lines import combination
-from tiered_mem.report.plots import Plot, miss_ratio, per_token
+from tiered_mem.report.plots import Plot, demand_stall, least_stall, miss_ratio, per_token
 
 _TITLE = "Eviction and prefetch, compared"
 
@@ -161,13 +161,12 @@ def _summary(runs: list[dict[str, Any]]) -> str:
         here = [run for run in runs if run["hbm_nbytes"] == nbytes]
         on_demand = [run for run in here if run["prefetch"] == "none"]
         lru = [run for run in on_demand if run["eviction"] == "lru"]
-        bounds = here[0]["bounds"]
         cells = [f"{here[0]['hbm']}", _stall(lru[0]) if lru else ""]
-        for group, bound in ((on_demand, "stall_seconds_demand"), (here, "stall_seconds_lower")):
+        for group, bound in ((on_demand, demand_stall), (here, least_stall)):
             best = min(group, key=_worth, default=None)
             cells.append(combination(best["eviction"], best["prefetch"]) if best else "")
             cells.append(_stall(best) if best else "")
-            cells.append(_optional(format_seconds, per_token(here[0], bounds[bound])))
+            cells.append(_optional(format_seconds, bound(here[0])))
         rows.append(cells)
     head = "".join(f'<th scope="col" class="{_side(i)}">{h}</th>' for i, h in enumerate(headings))
     body = "".join(f"<tr>{''.join(_summary_cells(row))}</tr>" for row in rows)
@@ -192,7 +191,7 @@ def _worth(run: dict[str, Any]) -> tuple[float, float]:
 
 
 def _stall(run: dict[str, Any]) -> str:
-    return _optional(format_seconds, per_token(run, run["stall_seconds"]))
+    return format_seconds(per_token(run, run["stall_seconds"]))
 
 
 # --- the table of all runs ---
@@ -336,11 +335,11 @@ _WORDS = (
     (
         "Belady on demand",
         "The fewest misses that any policy without prefetch can have on this trace: it knows the "
-        "future and evicts what is needed last. All blocks of an event must be in HBM together. "
-        "Dotted: every block that is read also enters (as in the runs). With bypass: a "
-        "block may be read once without taking another's place. For blocks of different sizes it "
-        "is a very good policy and no proof. Runs with prefetch can go below it: they move blocks "
-        "before they are needed.",
+        "future and evicts what is needed last. Dotted: every block that is read also enters, as "
+        "in the runs. With bypass: a block may be read once without taking another's place. For "
+        "blocks of different sizes it is a very good policy and no proof. Runs with prefetch can "
+        "go below it: they move blocks before they are needed. Its stall is that of HBM alone, so "
+        "it isn't shown where there is DRAM.",
     ),
     (
         "Lower bound",

@@ -77,17 +77,23 @@ def miss_ratio(run: dict[str, Any]) -> float:
     return float(run["num_misses"] / max(1, run["num_accesses"]))
 
 
-def per_token(run: dict[str, Any], seconds: float | None) -> float | None:
+def per_token(run: dict[str, Any], seconds: float) -> float:
     """Return `seconds` of a whole run by token."""
-    return None if seconds is None else seconds / max(1, run["num_tokens"])
+    return seconds / max(1, int(run["num_tokens"]))
 
 
 def _bound_ratio(name: str) -> Value:
     return lambda run: run["bounds"][name] / max(1, run["num_accesses"])
 
 
-def _bound_stall(name: str) -> Value:
-    return lambda run: per_token(run, run["bounds"][name])
+def demand_stall(run: dict[str, Any]) -> float | None:
+    """Return Belady's stall per token: of HBM alone, so none where DRAM is behind it."""
+    return None if run["dram_nbytes"] else per_token(run, run["bounds"]["stall_seconds_demand"])
+
+
+def least_stall(run: dict[str, Any]) -> float | None:
+    """Return the stall per token that no run can be below."""
+    return per_token(run, run["bounds"]["stall_seconds_lower"])
 
 
 _METRICS = (
@@ -107,8 +113,8 @@ _METRICS = (
         "stall per token",
         lambda run: per_token(run, run["stall_seconds"]),
         (
-            ("Belady on demand", (0, (1, 1.5)), _bound_stall("stall_seconds_demand")),
-            ("lower bound with prefetch", "solid", _bound_stall("stall_seconds_lower")),
+            ("Belady on demand", (0, (1, 1.5)), demand_stall),
+            ("lower bound with prefetch", "solid", least_stall),
         ),
     ),
 )
