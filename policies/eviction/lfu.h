@@ -18,14 +18,10 @@ namespace tiered_mem {
 /// routes; dynamic aging has no parameter, and did as well as the best period from a tenth of the
 /// experts up.
 /// Source: LFU with dynamic aging, Arlitt et al., "Evaluating content management techniques for Web
-/// proxy caches", 1999. libCacheSim's LFU has no aging; without it the misses are the same. Its
-/// LFUDA adds the age at every use.
+/// proxy caches", 1999. libCacheSim's LFU has no aging (the tests show that nothing else differs);
+/// its LFUDA adds the age again at every use.
 class Lfu final : public EvictionPolicy {
  public:
-  enum class Aging { dynamic, none };
-
-  explicit Lfu(Aging aging = Aging::dynamic) : aging_(aging) {}
-
   void insert(Key key, std::uint64_t) override {
     num_uses_.put(key, 0);
     use(key);
@@ -43,7 +39,7 @@ class Lfu final : public EvictionPolicy {
     const auto key = ranking_.lowest(evictable);
     if (!key) return std::nullopt;
     // Where pinned blocks were passed over, a victim may rank below the one before.
-    if (aging_ == Aging::dynamic) age_ = std::max(age_, ranking_.find(*key)->first);
+    age_ = std::max(age_, ranking_.find(*key)->first);
     erase(*key);
     return key;
   }
@@ -54,7 +50,6 @@ class Lfu final : public EvictionPolicy {
 
   void use(Key key) { ranking_.put(key, Rank{++*num_uses_.find(key) + age_, ++now_}); }
 
-  Aging aging_;
   std::uint64_t age_ = 0, now_ = 0;
   FlatMap<std::uint64_t> num_uses_;
   Ranking<Rank> ranking_;

@@ -13,6 +13,11 @@ namespace tiered_mem {
 /// than the block that would go there. The main part is a segmented LRU, four fifths protected.
 /// Source: Einziger, Friedman and Manes, "TinyLFU: a highly efficient cache admission policy", ACM
 /// Transactions on Storage 2017.
+///
+/// libCacheSim's W-TinyLFU differs in what it counts: no hits in the window, but one more use for
+/// whatever leaves it; its counts are wide, and halved once in 32 hits a block of the main part.
+/// Until the cache is full its window takes all, and then fills the protected part as well. It
+/// admits nothing below 100 slots, where its window is empty.
 class WTinyLfu final : public EvictionPolicy {
  public:
   void set_budget(std::uint64_t nbytes) override { capacity_ = nbytes; }
@@ -41,8 +46,11 @@ class WTinyLfu final : public EvictionPolicy {
     capacity_ = held();
     auto victim = lists_.oldest(kProbation, evictable);
     if (victim == 0) victim = lists_.oldest(kProtected, evictable);
-    const bool window_full = lists_.nbytes(kWindow) >= window_limit();
-    const auto candidate = window_full || victim == 0 ? lists_.oldest(kWindow, evictable) : 0;
+    auto candidate = lists_.oldest(kWindow, evictable);
+    // The window grows as long as one more fits into its share.
+    if (candidate != 0 && victim != 0 &&
+        lists_.nbytes(kWindow) + lists_[candidate].nbytes <= window_limit())
+      candidate = 0;
     if (candidate == 0) return victim == 0 ? std::nullopt : std::optional(lists_.remove(victim));
     if (victim == 0 ||
         sketch_.estimate(lists_[candidate].key) <= sketch_.estimate(lists_[victim].key))
