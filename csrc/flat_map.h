@@ -29,12 +29,17 @@ class FlatMap {
   }
 
   /// Inserts or overwrites. Pointers into the map are invalid afterwards.
-  Value& put(Key key, Value value) {
+  Value& put(Key key, Value value) { return (*this)[key] = std::move(value); }
+
+  /// The key's value, new if there was none. Pointers into the map are invalid afterwards.
+  Value& operator[](Key key) {
     if ((size_ + 1) * 2 > cells_.size()) grow();
     std::size_t i = home(key);
     while (cells_[i].used && cells_[i].key != key) i = next(i);
-    size_ += !cells_[i].used;
-    cells_[i] = Cell{key, true, std::move(value)};
+    if (!cells_[i].used) {
+      cells_[i] = Cell{key, true, Value{}};
+      ++size_;
+    }
     return cells_[i].value;
   }
 

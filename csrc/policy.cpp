@@ -5,6 +5,7 @@
 
 #include "error.h"
 #include "eviction/arc.h"
+#include "eviction/belady.h"
 #include "eviction/clock.h"
 #include "eviction/fifo.h"
 #include "eviction/gdsf.h"
@@ -75,6 +76,7 @@ const std::vector<BuiltIn>& built_ins() {
 }
 
 const std::string kPerLayer = "per-layer(";
+const std::string kBelady = "belady";
 
 struct PlugIns {
   std::mutex mutex;
@@ -90,8 +92,8 @@ PlugIns& plug_ins() {
 thread_local bool PolicyCall::active_ = false;
 
 void register_policy(const std::string& name, PolicyFactory make) {
-  for (const BuiltIn& policy : built_ins())
-    if (policy.info.name == name)
+  for (const PolicyInfo& policy : list_policies())
+    if (policy.name == name)
       throw ConfigError("'" + name + "' is a built-in eviction policy; choose another name");
   if (name.empty() || name.find_first_of("() ,") != std::string::npos)
     throw ConfigError("'" + name + "' can't name a policy: no parentheses, commas or spaces");
@@ -106,6 +108,8 @@ std::unique_ptr<EvictionPolicy> make_policy(const std::string& spec) {
     make_policy(inner);  // an unknown name is refused now, not at the first insert
     return std::make_unique<PerLayer>([inner] { return make_policy(inner); });
   }
+  if (spec == kBelady)
+    throw ConfigError("'belady' knows the future: it exists in the simulator only");
   std::string names;
   for (const BuiltIn& policy : built_ins()) {
     if (policy.info.name == spec) return policy.make();
@@ -124,6 +128,11 @@ std::unique_ptr<EvictionPolicy> make_policy(const std::string& spec) {
 }
 
 Replay find_replay(const std::string& name) {
+  if (name == kBelady)
+    return [](const Requests& requests, std::uint64_t budget) {
+      Belady policy({requests.keys, requests.keys + requests.count});
+      return replay(policy, requests, budget);
+    };
   for (const BuiltIn& policy : built_ins())
     if (policy.info.name == name) return policy.replay;
   return nullptr;
@@ -134,6 +143,8 @@ std::vector<PolicyInfo> list_policies() {
   for (const BuiltIn& policy : built_ins()) all.push_back(policy.info);
   all.push_back({"per-layer(X)", "policy X for each layer, layers in equal shares",
                  "Eliseev and Mazur, 2023 (arXiv:2312.17238)"});
+  all.push_back({kBelady, "evicts the block used again last; simulator only",
+                 "Belady, IBM Systems Journal 1966"});
   return all;
 }
 
