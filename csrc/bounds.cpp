@@ -9,10 +9,21 @@ namespace tiered_mem {
 
 namespace {
 
-// A window reaches so many times as far as its start is even.
-constexpr std::size_t kReach = 8;
+// Windows take about so many accesses: some tenths of a second.
+constexpr std::size_t kMaxAccesses = std::size_t{1} << 24;
+constexpr std::size_t kMinReach = 8;
 
 std::size_t largest_power_of_two_in(std::size_t number) { return number & (~number + 1); }
+
+// A window reaches `reach` times as far as the largest power of two in the number of its start. So
+// there are windows of every length, with reach / 2 starts in the length of one, and each doubling
+// of the length takes reach / 2 passes over the trace.
+std::size_t choose_reach(const Future& future) {
+  std::size_t num_doublings = 1;
+  while (future.num_events() >> num_doublings) ++num_doublings;
+  const std::size_t num_accesses = future.num_accesses() * num_doublings + 1;
+  return std::max(kMinReach, 2 * kMaxAccesses / num_accesses);
+}
 
 }  // namespace
 
@@ -143,12 +154,15 @@ double least_seconds(const Future& future, std::uint64_t capacity, std::uint64_t
     nbytes += cache.use(event);
     if (nbytes > 0) ended[event] = link.latency + static_cast<double>(nbytes) / rate;
   }
+  // Windows find where the link idles, which it never does if nothing computes.
+  const auto computes = [](double seconds) { return seconds > 0; };
+  if (std::none_of(work.begin(), work.end(), computes)) return num_events ? ended.back() : 0;
+
+  const std::size_t reach = choose_reach(future);
   for (std::size_t event = 0; event < num_events; ++event) {
     ended[event] = std::max(ended[event], (event ? ended[event - 1] : 0) + work[event]);
-    // Windows of every length, four starts in the length of one: 2 * kReach passes over the trace
-    // for each doubling of their length.
-    const std::size_t reach = kReach * largest_power_of_two_in(event + 1);
-    const std::size_t end = std::min(num_events, event + 1 + reach);
+    const std::size_t length = reach * largest_power_of_two_in(event + 1);
+    const std::size_t end = std::min(num_events, event + 1 + length);
     if (!cache.start_after(event, end)) continue;
     nbytes = 0;
     for (std::size_t later = event + 1; later < end; ++later) {
@@ -156,7 +170,7 @@ double least_seconds(const Future& future, std::uint64_t capacity, std::uint64_t
       ended[later] = std::max(ended[later], ended[event] + static_cast<double>(nbytes) / rate);
     }
   }
-  return num_events ? ended.back() : 0;
+  return ended.back();
 }
 
 }  // namespace tiered_mem

@@ -168,7 +168,7 @@ def test_figures_of_a_zipf_trace() -> None:
         "is_exact": False,
         "num_misses_prefix": None,
         "stall_seconds_demand": pytest.approx(2026.2597656),
-        "stall_seconds_lower": pytest.approx(1746.8752441),
+        "stall_seconds_lower": pytest.approx(1749.8752441),
     }
     with_dram = bounds(trace, hbm=150 * PAGE, dram=100 * PAGE, machine=machine)
     assert with_dram.stall_seconds_lower == pytest.approx(1022.4387207)

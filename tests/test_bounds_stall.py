@@ -111,6 +111,18 @@ def test_the_least_stall_knows_nothing_of_slots_that_are_being_filled() -> None:
     assert bounds_of(scan, 2, work=[1] * 9, machine=machine_of(2)).stall_seconds_lower == 3
 
 
+def test_an_idle_link_cannot_make_up_for_a_full_hbm() -> None:
+    """A long event, then ten blocks in turn, of which only four have room beside the long one's.
+
+    Over the whole trace the link has far more time than it needs.
+    """
+    num_rounds = 20
+    events = [(block,) for _ in range(num_rounds) for block in range(11)]
+    work = [100.0, *[0.0] * 10] * num_rounds
+    found = bounds_of(events, 5, work=work)
+    assert found.stall_seconds_lower == pytest.approx(num_rounds * 6)
+
+
 def test_latency_is_paid_once_ahead_and_by_each_event_on_demand() -> None:
     found = bounds_of([(0,), (1, 2), (0,), (3,)], 4, machine=machine_of(2, latency=10))
     assert found.stall_seconds_lower == 10 + 4 * 2

@@ -30,9 +30,9 @@ false). `byte_miss_ratio_lower` is a bound whatever the sizes: there, any part o
 4. And j ends no sooner than its own compute time after the event before it. The longest path
    through all these is a time that no schedule undercuts; less the compute, it is the least stall.
 
-Step 3 is tried for windows of all lengths that are powers of two, O(n log n) events in all. Leaving
-windows out lowers the bound and never makes it wrong. Nor is it quite the optimum, which takes a
-linear program (S. Albers, N. Garg, S. Leonardi, "Minimizing stall time in single and parallel disk
+Step 3 is tried for as many windows as cost O(n log n), of all lengths, from starts spread evenly:
+leaving some out lowers the bound and never makes it wrong. Nor is it quite the optimum, which takes
+a linear program (S. Albers, N. Garg, S. Leonardi, "Minimizing stall time in single and parallel disk
 systems", 2000): a block on its way takes a whole slot, but counts here only as far as it has come.
 
 With DRAM two such bounds hold, and the larger counts: all bytes over both links together, and over
