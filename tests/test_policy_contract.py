@@ -13,13 +13,11 @@ import pytest
 from blocks import PAGE, expert
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
-from test_core_residency import ResidencyMachine
+from test_core_residency import SPECS, ResidencyMachine
 
 from tiered_mem import _core
 
 ROOT = Path(__file__).parent.parent
-PLAIN = [name for name, _, _ in _core.eviction_policies() if "(" not in name]
-SPECS = [spec for name in PLAIN for spec in (name, f"per-layer({name})")]
 NUM_SLOTS = [1, 2, 8, 64]
 
 
