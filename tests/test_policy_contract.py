@@ -13,7 +13,7 @@ import pytest
 from blocks import PAGE, expert
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
-from test_core_residency import SPECS, ResidencyMachine
+from test_core_residency import PLAIN, SPECS, ResidencyMachine
 
 from tiered_mem import _core
 
