@@ -428,7 +428,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert self.used() <= max(self.budget, held)
 
 
-@pytest.mark.parametrize("eviction", SPECS)
+@pytest.mark.parametrize("eviction", MODELS)  # all: test_policy_contract.py
 def test_any_sequence_of_calls_keeps_the_invariants(eviction: str) -> None:
     machine = type("Machine", (ResidencyMachine,), {"eviction": eviction})
     run_state_machine_as_test(
