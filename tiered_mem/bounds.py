@@ -32,8 +32,8 @@ false). `byte_miss_ratio_lower` is a bound whatever the sizes: there, any part o
 
 Step 3 is tried for as many windows as cost O(n log n), of all lengths, from starts spread evenly:
 leaving some out lowers the bound and never makes it wrong. Nor is it quite the optimum, which takes
-a linear program (S. Albers, N. Garg, S. Leonardi, "Minimizing stall time in single and parallel disk
-systems", 2000): a block on its way takes a whole slot, but counts here only as far as it has come.
+a linear program (S. Albers, N. Garg, S. Leonardi, "Minimizing stall time in single and parallel
+disk systems", 2000): a block on its way takes a whole slot, but counts here only as far as it came.
 
 With DRAM two such bounds hold, and the larger counts: all bytes over both links together, and over
 NVMe's alone what both tiers together can't keep.
