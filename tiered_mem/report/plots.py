@@ -21,7 +21,16 @@ Value = Callable[[dict[str, Any]], float | None]
 
 _MARKERS = "osD^vPX*"
 # By predictor, in the order they come; none is solid.
-_DASHES: tuple[Any, ...] = ("solid", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+_DASHES: tuple[Any, ...] = (
+    "solid",
+    (0, (5, 1.5)),
+    (0, (1.2, 1.2)),
+    (0, (6, 1.5, 1.2, 1.5)),
+    (0, (3, 3)),
+    (0, (8, 1.5, 1.2, 1.5, 1.2, 1.5)),
+    (0, (10, 3)),
+    (0, (1.2, 3)),
+)
 _LOG_FROM = 12  # budgets this many times apart need a logarithmic axis
 _MOST_TICKS = 8
 
