@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from tiered_mem.bounds import bounds
 
 from tiered_mem import compare
+from tiered_mem.bounds import bounds
 from tiered_mem.cli import invoke
 from tiered_mem.compare import AUTO, plan
 from tiered_mem.compare_options import parse_machine, split_list
