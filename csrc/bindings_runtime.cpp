@@ -133,7 +133,8 @@ py::tuple take_log(Tiers& tiers) {
 
 std::shared_ptr<Tiers> make_tiers(uint64_t hbm, uint64_t dram, uint64_t hbm_reserved,
                                   uint64_t dram_reserved, const std::string& eviction,
-                                  size_t num_io_threads, const py::object& virtual_links) {
+                                  size_t num_io_threads, const py::object& virtual_links,
+                                  const std::optional<KeyArray>& future) {
   TiersConfig config;
   config.hbm_nbytes = hbm;
   config.dram_nbytes = dram;
@@ -141,6 +142,7 @@ std::shared_ptr<Tiers> make_tiers(uint64_t hbm, uint64_t dram, uint64_t hbm_rese
   config.dram_reserved = dram_reserved;
   config.eviction = eviction;
   config.num_io_threads = num_io_threads;
+  if (future) config.future = to_vector(*future);
   if (!virtual_links.is_none()) config.virtual_links = to_link_speeds(virtual_links);
   // The last owner may be Python: closing waits for I/O, which others needn't wait for.
   const auto destroy = [](Tiers* tiers) {
@@ -172,7 +174,8 @@ void bind_runtime(py::module_& m) {
   py::class_<Tiers, std::shared_ptr<Tiers>>(m, "Tiers", "HBM, DRAM and the links to the store.")
       .def(py::init(&make_tiers), py::kw_only(), py::arg("hbm"), py::arg("dram"),
            py::arg("hbm_reserved") = 0, py::arg("dram_reserved") = 0, py::arg("eviction") = "lru",
-           py::arg("num_io_threads") = 4, py::arg("virtual_links") = py::none())
+           py::arg("num_io_threads") = 4, py::arg("virtual_links") = py::none(),
+           py::arg("future") = py::none())
       .def(
           "add_blocks",
           [](Tiers& tiers, const KeyArray& keys,

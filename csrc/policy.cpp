@@ -102,6 +102,10 @@ void register_policy(const std::string& name, PolicyFactory make) {
   all.by_name[name] = std::move(make);
 }
 
+std::unique_ptr<EvictionPolicy> make_belady(std::vector<Key> future) {
+  return std::make_unique<Belady>(std::move(future));
+}
+
 std::unique_ptr<EvictionPolicy> make_policy(const std::string& spec) {
   if (spec.rfind(kPerLayer, 0) == 0 && spec.back() == ')') {
     const std::string inner = spec.substr(kPerLayer.size(), spec.size() - kPerLayer.size() - 1);

@@ -87,6 +87,9 @@ using PolicyFactory = std::function<std::unique_ptr<EvictionPolicy>()>;
 /// the names there are, if there is none of this name.
 std::unique_ptr<EvictionPolicy> make_policy(const std::string& spec);
 
+/// Belady's MIN for a tier whose every use to come is known, in order. Throws ConfigError.
+std::unique_ptr<EvictionPolicy> make_belady(std::vector<Key> future);
+
 /// Makes a plug-in known by a name; a built-in's name is refused. Throws ConfigError.
 void register_policy(const std::string& name, PolicyFactory make);
 

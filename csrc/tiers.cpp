@@ -17,6 +17,13 @@ std::size_t checked_num_threads(std::size_t num_threads) {
   return num_threads;
 }
 
+std::unique_ptr<EvictionPolicy> make_hbm_policy(const TiersConfig& config) {
+  if (!config.future) return make_policy(config.eviction);
+  if (config.eviction != "belady" || !config.virtual_links || config.dram_nbytes > 0)
+    throw ConfigError("a future is for belady, on virtual links and without DRAM");
+  return make_belady(*config.future);
+}
+
 // On virtual links nothing is ever touched, so that reserved memory costs nothing.
 TransferEngine make_engine(const TiersConfig& config, Device& device) {
   if (config.virtual_links) return TransferEngine(*config.virtual_links);
@@ -28,8 +35,9 @@ TransferEngine make_engine(const TiersConfig& config, Device& device) {
 Tiers::Tiers(const TiersConfig& config, std::unique_ptr<Device> device, Poll poll)
     : device_(std::move(device)),
       poll_(std::move(poll)),
-      hbm_(Arena(config.hbm_nbytes, config.hbm_reserved), make_policy(config.eviction)),
-      dram_(Arena(config.dram_nbytes, config.dram_reserved), make_policy(config.eviction)),
+      hbm_(Arena(config.hbm_nbytes, config.hbm_reserved), make_hbm_policy(config)),
+      dram_(Arena(config.dram_nbytes, config.dram_reserved),
+            make_policy(config.future ? "lru" : config.eviction)),
       has_dram_(config.dram_nbytes > 0),
       max_guessed_nbytes_(config.hbm_nbytes / kGuessShare),
       engine_(make_engine(config, *device_)) {
@@ -121,6 +129,9 @@ Tiers::Ticket Tiers::start_load(Block& block, Priority priority, std::uint32_t r
     transfer->nbytes = copy->slot_nbytes;
     transfer->source = dram(copy->slot);
     dram_.pin(*copy);
+    // What HBM has is the first that DRAM can do without. Said now rather than when it arrives, so
+    // that the order of arrivals decides nothing.
+    dram_.demote_rank(*copy);
     if (const auto arriving = demotions_.find(key); arriving != demotions_.end())
       transfer->fed_by = arriving->second;
   } else {
@@ -165,10 +176,7 @@ void Tiers::settle_load(Key key, const Transfer& transfer) {
   const Ticket keep = found->second;
   loads_.erase(found);
   if (transfer.link == Link::dram_to_hbm) {
-    Block& copy = *dram_.find(key);
-    // What HBM has now is the first that DRAM can do without.
-    if (transfer.status() == Transfer::Status::done) dram_.demote_rank(copy);
-    dram_.unpin(copy);
+    dram_.unpin(*dram_.find(key));
   }
   Block& block = *hbm_.find(key);
   switch (transfer.status()) {

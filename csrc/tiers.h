@@ -41,6 +41,8 @@ struct TiersConfig {
   std::size_t num_io_threads = 4;
   /// Virtual links: no bytes move, and time passes on a virtual clock.
   std::optional<LinkSpeeds> virtual_links;
+  /// Every use to come of HBM's blocks, in order: for the policy that knows it, without DRAM.
+  std::optional<std::vector<Key>> future;
 };
 
 /// What happened to a block, in the order of the decisions.

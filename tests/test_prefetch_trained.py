@@ -108,11 +108,11 @@ def seen(store: Path, text: torch.Tensor) -> Seen:
     """The text's routes; what came before them has let the hooks find their places."""
     shown = Seen()
     with on_tiers(store, prefetch="none") as model:
-        model.tiered_mem._hooks.observe(shown)
+        model.tiered_mem.hooks.observe(shown)
         decode(model, text[:, :6])
         shown.routes.clear()
         decode(model, text)
-        model.tiered_mem._hooks.observe(None)
+        model.tiered_mem.hooks.observe(None)
         before = len(shown.routes)
         decode(model, text[:, :6])
         assert len(shown.routes) == before
@@ -163,7 +163,7 @@ def test_the_observed_model_says_what_it_says_alone(
     store: Path, text: torch.Tensor, expected: torch.Tensor
 ) -> None:
     with on_tiers(store, prefetch="transition") as model:
-        model.tiered_mem._hooks.observe(Seen())
+        model.tiered_mem.hooks.observe(Seen())
         assert torch.equal(decode(model, text[:, :NUM_SHORT]), expected)
 
 

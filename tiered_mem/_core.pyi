@@ -135,11 +135,13 @@ class Tiers:
         eviction: str = "lru",
         num_io_threads: int = 4,
         virtual_links: Mapping[str, tuple[float, float]] | None = None,
+        future: npt.ArrayLike | None = None,
     ) -> None:
         """Raises `ConfigError`, `BudgetError`.
 
         With `virtual_links`, (bytes per second, seconds of latency) by link, no bytes move and time
-        passes on a virtual clock: for one thread.
+        passes on a virtual clock: for one thread. `future` has the keys of all uses to come, in
+        order, for eviction="belady".
         """
     def add_blocks(self, keys: npt.ArrayLike, extents: Sequence[Extent]) -> None:
         """Tell where blocks come from. Raises `ConfigError`."""

@@ -232,7 +232,7 @@ class _EventRun:
             dram=run.dram_nbytes,
             eviction=run.eviction,
             virtual_links=machine.virtual_links(),
-            **({} if future is None else {"future": future}),
+            future=future,
         )
         keys, sizes = self._all_blocks()
         self._known = set(keys.tolist())

@@ -40,7 +40,7 @@ def run(
     """Generate text within byte budgets and show what moved. Exits with 1 if --check fails."""
     import tiered_mem
 
-    _quiet_transformers()
+    quiet_transformers()
     question = _Question(checkpoint, prompt, max_new_tokens, temperature, seed, dtype.value)
     with output.progress_bar("packing", hidden=as_json) as progress:
         model = tiered_mem.from_pretrained(
@@ -113,7 +113,7 @@ class _Question:
         from tiered_mem.errors import ConfigError
 
         self._checkpoint, self._prompt, self._seed, self._dtype = checkpoint, prompt, seed, dtype
-        self._tokenizer = _load_tokenizer(checkpoint)
+        self._tokenizer = load_tokenizer(checkpoint)
         self._inputs = self._tokenizer(prompt, return_tensors="pt")
         if self._inputs["input_ids"].shape[1] == 0:
             raise ConfigError(
@@ -175,7 +175,7 @@ class _Clock:
             self.inner.end()
 
 
-def _load_tokenizer(checkpoint: str) -> Any:
+def load_tokenizer(checkpoint: str) -> Any:
     from transformers import AutoTokenizer
 
     from tiered_mem.errors import CheckpointError
@@ -191,7 +191,7 @@ def _load_tokenizer(checkpoint: str) -> Any:
         ) from error
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
     """Its bars and remarks on generation options would run into the text."""
     from transformers.utils import logging
 

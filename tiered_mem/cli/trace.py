@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiered_mem.cli import output
+from tiered_mem.cli.record import record
 
 if TYPE_CHECKING:
     from tiered_mem.trace_info import TraceInfo
 
 app = typer.Typer(
-    help="Import traces, look into them, export them.",
+    help="Record and import traces, look into them, export them.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -39,7 +40,7 @@ class ExportFormat(StrEnum):
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")]
 
 
-# `trace record` comes here: the blocks a wrapped model asks for while it generates.
+app.command()(record)
 
 
 @app.command("import")

@@ -8,7 +8,7 @@ are taken in a fixed order whatever the order of arrival, so tokens don't depend
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from tiered_mem.errors import RuntimeClosedError, TieredMemError, UnsupportedMod
 from tiered_mem.hf.layout import ExpertLayout
 from tiered_mem.hf.prefetch import RouterHooks
 from tiered_mem.space import Space
+
+if TYPE_CHECKING:
+    from tiered_mem.hf.record import Recorder
 
 IMPLEMENTATIONS = {
     None: "tiered",
@@ -40,6 +43,7 @@ class TieredExperts:
         self.layer = layer
         self.layout = layout
         self.hooks = hooks
+        self.recorder: Recorder | None = None
         self.memory = torch.from_numpy(space.memory)
         self._views: dict[int, Views] = {}
 
@@ -107,7 +111,7 @@ def _forward(
     if hidden_states.size(0) == 0:
         return torch.zeros_like(hidden_states)
     with torch.no_grad():
-        outputs = _run_experts(module, hidden_states, top_k_index, like_eager)
+        outputs = _run_experts(module, hidden_states, top_k_index, top_k_weights, like_eager)
         if getattr(module, "has_post_expert_norm", False):
             outputs = module.post_expert_norm(outputs)  # type: ignore[operator]
         sum_up = _sum_like_eager if like_eager else _sum_like_grouped_mm
@@ -118,7 +122,11 @@ def _forward(
 
 
 def _run_experts(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, by_rank: bool
+    module: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    by_rank: bool,
 ) -> torch.Tensor:
     """Return each token's output of each of its experts, [tokens * k, hidden]."""
     tiered: TieredExperts | None = getattr(module, "tiered", None)
@@ -129,6 +137,9 @@ def _run_experts(
     num_top_k = top_k_index.size(-1)
     ids, rows = _group(top_k_index, module.num_experts, by_rank)  # type: ignore[arg-type]
     outputs: torch.Tensor | None = None
+    recorder = tiered.recorder
+    if recorder is not None:
+        recorder.start()
     with tiered.space.begin(tiered.layer, ids) as reading:
         if tiered.hooks is not None:
             # After this layer's own reads have started, so that predicting overlaps with them.
@@ -144,6 +155,8 @@ def _run_experts(
                 outputs[position] = output[0]
             else:
                 outputs[mine] = output
+    if recorder is not None:
+        recorder.finish(tiered.layer, ids, top_k_index, top_k_weights)
     return outputs if outputs is not None else hidden_states.repeat_interleave(num_top_k, 0) * 0
 
 

@@ -20,6 +20,7 @@ from tiered_mem.hf.experts import TieredExperts
 from tiered_mem.hf.hollow import Origin
 from tiered_mem.hf.layout import ExpertLayout
 from tiered_mem.hf.prefetch import RouterHooks
+from tiered_mem.hf.record import Recorder
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.policies.prefetch import Predictor, make_predictor
 from tiered_mem.space import Space
@@ -55,7 +56,7 @@ class TieredModel:
         self._baseline = self.runtime.stats()
         self._space = space
         self._experts = find_experts(model)
-        self._hooks = RouterHooks(
+        self.hooks = RouterHooks(
             model,
             self._experts,
             predictor,
@@ -63,8 +64,11 @@ class TieredModel:
             layer_resident=self._space.layer_resident,
             worthwhile=self._space.prefetch_pays,
         )
+        self.experts: list[TieredExperts] = []
         for _, module, layer in self._experts:
-            module.tiered = TieredExperts(self._space, layer, self.layouts[layer], self._hooks)  # type: ignore[assignment]
+            tiered = TieredExperts(self._space, layer, self.layouts[layer], self.hooks)
+            module.tiered = tiered  # type: ignore[assignment]
+            self.experts.append(tiered)
         # Also when the model is dropped without close(), and at the end of the process.
         self._give_back = weakref.finalize(self, _give_back, resources.pop_all(), os.getpid())
 
@@ -90,7 +94,18 @@ class TieredModel:
             layer: {"num_hints": hints, "num_right": right, "on": on}
             for layer, (hints, right, on) in self._space.precision().items()
         }
-        return {"predictor": self.prefetch, "layers": layers, "notes": self._hooks.report()}
+        return {"predictor": self.prefetch, "layers": layers, "notes": self.hooks.report()}
+
+    def record(self, *, predictions: bool = True, hidden: bool = False) -> Recorder:
+        """Return a context manager: what the model is asked for inside it becomes a `Trace`.
+
+            with model.tiered_mem.record() as recorder:
+                model.generate(...)
+            recorder.trace().save("my.npz")
+
+        `predictions` keeps what the next layers' gates predict, `hidden` the residual stream.
+        """
+        return Recorder(self, predictions=predictions, hidden=hidden)
 
     def fill(self, progress: Progress | None = None) -> None:
         """Read experts ahead of the first token until HBM and DRAM are full."""
@@ -106,7 +121,7 @@ class TieredModel:
 
         Calls under way in other threads end with `RuntimeClosedError`. Closing twice is fine.
         """
-        self._hooks.close()
+        self.hooks.close()
         for _, module, _ in self._experts:
             module.__dict__.pop("tiered", None)
         self._give_back()  # once, whoever comes first
