@@ -137,6 +137,22 @@ def simulated(trace: Trace, num_slots: int, machine: Machine, **options: Any) ->
 
 
 paces = st.sampled_from([0.25, 1.0, 3.0])
+
+
+@settings(max_examples=60)
+@given(events, works, paces, st.sampled_from([0.0, 0.5]))
+def test_the_stall_on_demand_is_that_of_simulated_belady(
+    events: list[Event], work: list[int], seconds_per_page: float, latency: float
+) -> None:
+    machine = machine_of(seconds_per_page, latency)
+    trace = trace_of(events, work=work[: len(events)])
+    found = bounds(trace, hbm=3 * PAGE, machine=machine)
+    run = simulated(trace, 3, machine, eviction="belady")
+    assert found.num_misses_forced == run.num_misses
+    assert found.byte_miss_ratio_forced == pytest.approx(run.byte_miss_ratio)
+    assert found.stall_seconds_demand == pytest.approx(run.stall_seconds, abs=1e-6)
+
+
 layer_counts = st.integers(1, 2)
 
 
