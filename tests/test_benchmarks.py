@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tiered_mem.policy import list_policies
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(BENCHMARKS.glob("bench_*.py"))
 
@@ -60,12 +62,40 @@ def check_decode(results: dict[str, Any]) -> None:
     assert min(read) > 0, "the page cache had been dropped before every token"
 
 
+def check_guesses(results: dict[str, Any]) -> None:
+    points = results["points"]
+    assert len(points) == 3 * 5, "budgets and links"
+    highest = 0.0
+    for point in points:
+        runs = {run["recall"]: run for run in point["runs"]}
+        assert set(runs) == {None, 0, 20, 40, 60, 80, 100}
+        assert runs[None]["num_prefetched"] == 0 and runs[None]["ratio"] == 1
+        assert runs[100]["num_prefetched_used"] > 0
+        highest = max(highest, *(run["ratio"] for run in runs.values()))
+    assert results["summary"]["worst_ratio"]["is"] == highest
+
+
 def check_overhead(results: dict[str, Any]) -> None:
     summary = results["summary"]
     assert {"acquire", "wait_any", "release", "whole"} == set(summary["event_us"])
     assert all(value > 0 for value in summary["event_us"].values())
     assert set(summary["tiered_mem_to"]) == {"tiered_mem", "linear", "grouped_mm", "eager"}
     assert summary["tiered_mem_to"]["tiered_mem"] == 1
+
+
+def check_policies(results: dict[str, Any]) -> None:
+    standings = results["summary"]["standings"]["all routes"]
+    assert {policy.name for policy in list_policies()} <= set(standings) | {"per-layer(X)"}
+    assert standings["lru"]["worst_margin_over_lru"]["is"] == 0
+    assert standings["lru"]["worst_stall_to_lru"]["is"] == 1
+    bounds = {bound["hbm"]: bound for bound in results["bounds"]}
+    assert set(bounds) == {"10%", "25%", "50%"}
+    for run in results["runs"]:
+        bound = bounds[run["hbm"]]
+        assert run["num_hits"] + run["num_misses"] == bound["num_accesses"]
+        assert run["stall_ms_per_token"] >= bound["stall_lower_ms_per_token"]
+        if run["prefetch"] == "none":
+            assert run["num_misses"] >= bound["num_misses_forced"], run["eviction"]
 
 
 def check_prefetch(results: dict[str, Any]) -> None:
@@ -88,7 +118,9 @@ def check_store(results: dict[str, Any]) -> None:
 
 CHECKS = {
     "bench_decode": check_decode,
+    "bench_guesses": check_guesses,
     "bench_overhead": check_overhead,
+    "bench_policies": check_policies,
     "bench_prefetch": check_prefetch,
     "bench_store": check_store,
 }

@@ -1,4 +1,4 @@
-"""Recording a model's events, and the simulator's fidelity: a run and its replay decide the same."""
+"""Recording a model's events, and fidelity: a run and its replay decide the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 import tiered_mem
 from tiered_mem import _core
 from tiered_mem.errors import RuntimeClosedError, TraceError
-from tiered_mem.simulate import LinkSpeed, Log, Machine, simulate
+from tiered_mem.simulate import LinkSpeed, Machine, simulate
+from tiered_mem.stats import Log
 from tiered_mem.trace import Form, Phase, Trace
 
 MODEL = Path(__file__).parent.parent / "benchmarks" / "models" / "tiny-moe"
@@ -115,11 +116,10 @@ def test_a_replay_decides_as_the_run_did(store: Path, eviction: str, dram: int |
     model = wrap(store, hbm="15%", dram=dram, eviction=eviction, prefetch="none")
     handle = model.tiered_mem
     try:
-        tiers = handle.runtime._tiers
-        tiers.keep_log(True)
+        handle.runtime.keep_log(True)
         with handle.record(predictions=False) as recorder:
             generate(model, prompt=3, new=25)
-        happened = Log(*tiers.take_log())
+        happened = handle.runtime.take_log()
         stats, budgets = handle.stats(), handle.budgets
     finally:
         handle.close()

@@ -97,5 +97,7 @@ def resolve_eviction(eviction: str | type[EvictionPolicy]) -> str:
 
 def _register(policy: type[EvictionPolicy], name: str | None = None) -> str:
     own = name or getattr(policy, "name", "") or policy.__name__
+    if not isinstance(own, str):
+        raise ConfigError(f"the name of class {policy.__name__} is {own!r}; a name is a string")
     _core.register_eviction(own, policy)
     return own

@@ -21,7 +21,7 @@ from tiered_mem.errors import BudgetError, ConfigError, TieredMemError
 from tiered_mem.memory_watch import MemoryWatch
 from tiered_mem.policy import EvictionPolicy, resolve_eviction
 from tiered_mem.space import Repair, Space
-from tiered_mem.stats import Stats
+from tiered_mem.stats import Log, Stats
 from tiered_mem.store import Store
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,14 @@ class Runtime:
     def throttle(self, link: str, bytes_per_second: float) -> None:
         """Slow a link down to study it; 0 lifts the limit. Raises `ConfigError` on its name."""
         self._tiers.throttle(link, bytes_per_second)
+
+    def keep_log(self, on: bool) -> None:
+        """Start or end keeping a log of what is decided about blocks."""
+        self._tiers.keep_log(on)
+
+    def take_log(self) -> Log:
+        """Return what was logged since the last call."""
+        return Log(*self._tiers.take_log())
 
     def close(self) -> None:
         """Cancel transfers and give the memory back. Waiting events get `RuntimeClosedError`."""

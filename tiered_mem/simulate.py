@@ -18,6 +18,7 @@ and policy, one block after the other.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,7 @@ from tiered_mem.keys import BlockKey, KeyArray, Kind, unpack_keys
 from tiered_mem.policies.prefetch import Decision, ModelInfo, Oracle, Predictor, make_predictor
 from tiered_mem.policy import EvictionPolicy, resolve_eviction
 from tiered_mem.reading import Reading
+from tiered_mem.stats import Log
 from tiered_mem.trace import Form, Phase, Trace
 
 _LAYER_SHIFT = np.uint64(32)
@@ -134,14 +136,6 @@ class Run:
         return asdict(self) | {"hit_rate": self.hit_rate}
 
 
-@dataclass(frozen=True)
-class Log:
-    """Every decision of a run, in order: hits, misses, prefetches, evictions."""
-
-    happenings: npt.NDArray[np.uint8]  # index into `_core.HAPPENINGS`
-    keys: KeyArray
-
-
 def simulate(
     trace: Trace,
     *,
@@ -180,7 +174,7 @@ def simulate(
 
 
 def resolve_simulated(trace: Trace, eviction: str | type[EvictionPolicy], dram: int = 0) -> str:
-    """Return a policy's name as the core knows it. Raises `ConfigError` if it can't be used here."""
+    """Return a policy's name as the core knows it. Raises `ConfigError` if it can't run here."""
     if eviction == "belady":
         if dram:
             raise ConfigError("eviction='belady' knows the future of one tier: leave dram at 0")
@@ -260,7 +254,7 @@ class _EventRun:
         return np.array(list(known), np.uint64), np.array(list(known.values()), np.uint64)
 
     def _layers_in_order(self) -> dict[int, int]:
-        """Return which partition (kind and layer) follows which; the last is followed by the first."""
+        """Return which partition (kind and layer) follows which; after the last comes the first."""
         partitions = np.unique(self._trace.blocks[0] >> _LAYER_SHIFT).tolist()
         return dict(zip(partitions, partitions[1:] + partitions[:1], strict=True))
 
@@ -276,7 +270,7 @@ class _EventRun:
         largest = np.maximum.reduceat(nbytes, trace.offsets[:-1]).tolist()
         sequences = trace.event_sequence.tolist()
         parts = self._parts()
-        for first, end in zip(parts[:-1], parts[1:], strict=True):
+        for first, end in itertools.pairwise(parts):
             before = tiers.stats()
             for i in range(first, end):
                 self._event(
@@ -370,7 +364,7 @@ def _run_prefixes(trace: Trace, run: Run, machine: Machine) -> None:
     offsets = trace.offsets.tolist()
     hit_nbytes = read_nbytes = 0
     counts: dict[str, dict[str, int]] = defaultdict(lambda: {"num_accesses": 0, "num_hits": 0})
-    for i, (first, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for i, (first, end) in enumerate(itertools.pairwise(offsets)):
         request, nbytes = keys[first:end], sizes[first:end]
         num_hits = _use_prefix(residency, request, nbytes)
         run.num_hits += num_hits

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tiered_mem.keys import KeyArray
+
+
+class Log(NamedTuple):
+    """Every decision about blocks, in order: hits, misses, prefetches, evictions.
+
+    The first key of an event goes before what happened to its keys.
+    """
+
+    happenings: npt.NDArray[np.uint8]  # index into `tiered_mem._core.HAPPENINGS`
+    keys: KeyArray
 
 
 @dataclass(frozen=True)

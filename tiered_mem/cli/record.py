@@ -37,7 +37,7 @@ def record(
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
     as_json: output.JsonOption = False,
 ) -> None:
-    """Record which experts a model asks for, with what its gates predict and what computing took."""
+    """Record which experts a model asks for, what its gates predict and what computing takes."""
     import tiered_mem
     from tiered_mem.atomic_file import check_new
     from tiered_mem.cli.run import load_tokenizer, quiet_transformers

@@ -103,9 +103,13 @@ class Recorder:
             per_event["ahead_offset"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint32)
             per_event["ahead_index"] = _joined([event.ahead for event in events], np.uint32)
         if self._keep_hidden:
-            if any(event.hidden is None for event in events):
-                raise TraceError("this model's residual stream isn't known at every router")
-            per_event["hidden"] = np.stack([event.hidden for event in events]).astype(np.float16)
+            hidden = [event.hidden for event in events if event.hidden is not None]
+            if len(hidden) < len(events):
+                raise TraceError(
+                    "the residual stream wasn't known at every router: run the model three times "
+                    "under record() first; it stays unknown where layers are built unusually"
+                )
+            per_event["hidden"] = np.stack(hidden).astype(np.float16)
         return Trace.from_rows(
             self._header(source, note),
             name=name,
