@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "error.h"
+#include "eviction/adaptive.h"
 #include "eviction/arc.h"
 #include "eviction/belady.h"
 #include "eviction/clock.h"
@@ -45,6 +46,9 @@ BuiltIn built_in(const char* name, const char* summary, const char* source) {
 
 const std::vector<BuiltIn>& built_ins() {
   static const std::vector<BuiltIn> all = {
+      built_in<Adaptive>("adaptive",
+                         "evicts what is expected last, by uses that fade at learned rates",
+                         "Hawkes, 1971; LRFU, Lee et al., 2001"),
       built_in<Lru>("lru", "evicts the block unused for longest", "textbook"),
       built_in<Fifo>("fifo", "evicts the block that came first", "textbook"),
       built_in<Clock>("clock", "FIFO with a second chance for what was used",

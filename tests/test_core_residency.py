@@ -66,6 +66,7 @@ def misses_of_core(trace: Trace, num_slots: int, eviction: str) -> int:
     residency = _core.Residency(num_slots * PAGE, eviction)
     misses = 0
     for event in trace:
+        residency.begin_event(event[0])
         missing = [key for key in event if residency.find(key) is None]
         for key in event:
             if key not in missing:

@@ -12,7 +12,7 @@ from test_core_residency import TRACES, Trace, misses_of_core
 
 from tiered_mem import _core
 
-POLICIES = ["random", "lfru", "gdsf", "least-stale"]
+POLICIES = ["adaptive", "random", "lfru", "gdsf", "least-stale"]
 
 
 class PlainGdsf:
@@ -183,3 +183,41 @@ def test_pinned_blocks_are_never_chosen(eviction: str) -> None:
         pinned.append(key)
         if len(pinned) == 15:
             residency.unpin(pinned.pop(rng.randrange(15)))
+
+
+def shifting_trace(num_events: int) -> Trace:
+    """Zipf popularity whose order changes for good every 2000 requests."""
+    rng = random.Random(5)
+    weights = [1 / (rank + 1) for rank in range(300)]
+    order = list(range(300))
+    trace = []
+    for step in range(num_events):
+        if step % 2000 == 0:
+            rng.shuffle(order)
+        trace.append([expert(0, order[rng.choices(range(300), weights)[0]])])
+    return trace
+
+
+@pytest.mark.parametrize("num_slots", [32, 100])
+@pytest.mark.parametrize("trace", ["zipf", "layers", "shifting"])
+def test_adaptive_beats_recency_and_frequency(trace: str, num_slots: int) -> None:
+    events = shifting_trace(8000) if trace == "shifting" else TRACES[trace]
+    misses = {name: misses_of_core(events, num_slots, name) for name in ("adaptive", "lru", "lfu")}
+    assert misses["adaptive"] < min(misses["lru"], misses["lfu"])
+
+
+def test_adaptive_keeps_what_recency_wants_where_recency_is_right() -> None:
+    """Each block is used three times within a few requests and never again."""
+    rng = random.Random(6)
+    uses = sorted((first + rng.random() * 20, first) for first in range(3000) for _ in range(3))
+    events = [[expert(0, index)] for _, index in uses]
+    misses = {name: misses_of_core(events, 30, name) for name in ("adaptive", "lru")}
+    assert misses["adaptive"] < 1.05 * misses["lru"]
+
+
+def test_adaptive_survives_a_budget_below_one_token() -> None:
+    """The same 16 experts every token, room for 12: LRU hits nothing."""
+    events = [[expert(layer, i) for i in range(4)] for _ in range(100) for layer in range(4)]
+    accesses = 4 * len(events)
+    assert misses_of_core(events, 12, "lru") == accesses
+    assert misses_of_core(events, 12, "adaptive") < 0.6 * accesses

@@ -151,12 +151,12 @@ void check_memory(const std::string& spec) {
   constexpr std::size_t kNumSlots = 64;
   policy->set_budget(kNumSlots);
   std::size_t settled = 0;
-  for (unsigned i = 0; i < 40000; ++i) {
+  for (unsigned i = 0; i < 160000; ++i) {
     const Key key = key_of(i % 3, i);
     require(!policy->touch(key), "a hit on a block that never came");
     if (policy->size() == kNumSlots) require(policy->evict({}, key).has_value(), "no victim");
     policy->insert(key, 1);
-    if (i == 4000) settled = live_nbytes;
+    if (i == 120000) settled = live_nbytes;
   }
   require(live_nbytes <= settled + settled / 4, "memory grows with the number of requests");
 }
