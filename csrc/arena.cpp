@@ -8,14 +8,6 @@
 
 namespace tiered_mem {
 
-namespace {
-
-// Slabs of a sixteenth of the budget: small enough that one can be taken from a size class
-// without emptying it, large enough that the accounts stay small.
-constexpr std::uint64_t kSlabsPerArena = 16;
-
-}  // namespace
-
 Arena::Arena(std::uint64_t budget, std::uint64_t reserved)
     : budget_(budget), reserved_(round_to_pages(std::max(budget, reserved))) {
   if (reserved_ < budget) throw BudgetError("a budget of that many bytes can't be addressed");

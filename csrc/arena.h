@@ -21,6 +21,10 @@ inline std::uint64_t round_to_pages(std::uint64_t nbytes) {
 /// The most slots of one slab: the unit in which space passes from one size class to another.
 constexpr std::uint64_t kMaxSlotsPerSlab = 64;
 
+/// Slabs of a sixteenth of the budget: small enough that one can be taken from a size class
+/// without emptying it, large enough that the accounts stay small.
+constexpr std::uint64_t kSlabsPerArena = 16;
+
 /// Byte offset of a slot from its arena's base.
 using Slot = std::uint64_t;
 

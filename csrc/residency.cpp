@@ -5,6 +5,13 @@
 
 namespace tiered_mem {
 
+namespace {
+
+constexpr double kAgeWindow = 32;   // victims that an average looks back on
+constexpr double kMuchOlder = 1.3;  // ages that differ by less are left alone: a move costs a slab
+
+}  // namespace
+
 Residency::Residency(Arena arena, std::unique_ptr<EvictionPolicy> policy)
     : arena_(std::move(arena)), policy_(std::move(policy)) {
   policy_.policy().set_budget(arena_.budget());
@@ -54,13 +61,16 @@ Admission Residency::admit(const std::vector<Wanted>& wanted, Entry entry,
     block->slot_nbytes = round_to_pages(wanted[i].nbytes);
     block->slot = choices[i].slot;
     if (choices[i].victim != nullptr) {
+      note_victim(*choices[i].victim);
       victims.push_back(remove(*choices[i].victim, true));
       block->slot = arena_.take(block->slot_nbytes).value();
     }
+    block->last_use = ++clock_;
     block->guessed = entry == Entry::guessed;
     if (block->guessed) nbytes_guessed_ += block->slot_nbytes;
     blocks_.put(wanted[i].key, std::move(block));
   }
+  if (entry == Entry::demanded && need.size() == 1) balance(need.begin()->first, victims);
   return Admission::ok;
 }
 
@@ -190,6 +200,65 @@ bool Residency::make_room(const Need& need, std::vector<Victim>& victims) {
   return true;
 }
 
+// --- slots of several sizes ---
+//
+// A victim's slot fits blocks of its own size alone, so a size would keep the slabs that it got
+// first, whatever the policy thinks of its blocks. Memory is where it is worth most when victims of
+// all sizes were unused for equally long: a slab passes from the size with the oldest victims to
+// the one that has to evict younger ones. Source: memcached's slab automover by age.
+
+void Residency::note_victim(const Block& block) {
+  Pressure& pressure = pressure_[block.slot_nbytes];
+  const auto age = static_cast<double>(clock_ - block.last_use);
+  pressure.age += (age - pressure.age) / std::min<double>(++pressure.num_victims, kAgeWindow);
+}
+
+// Brings a slab to this size if its victims are much younger than another's.
+void Residency::balance(std::uint64_t slot_nbytes, std::vector<Victim>& victims) {
+  if (pressure_.size() + idle_.size() < 2) return;
+  Pressure& mine = pressure_[slot_nbytes];
+  const std::uint64_t wait =
+      std::max<std::uint64_t>(kAgeWindow, 2 * arena_.budget() / kSlabsPerArena / slot_nbytes);
+  if (mine.num_victims < wait) return;
+  mine.num_victims = kAgeWindow / 2;
+  std::uint64_t donor = 0;
+  double oldest = kMuchOlder * mine.age;
+  for (const auto& [size, age] : idle_ages()) {
+    const auto known = pressure_.find(size);
+    const double victims_age = known == pressure_.end() ? age : std::max(age, known->second.age);
+    if (size == slot_nbytes || victims_age <= oldest) continue;
+    donor = size;
+    oldest = victims_age;
+  }
+  if (donor == 0) return;
+  const auto uses = survey();
+  const SlabUse* chosen = nullptr;
+  std::uint64_t chosen_offset = 0;
+  double chosen_age = -1;
+  for (const auto& [offset, use] : uses) {
+    if (!use.idle || arena_.slabs().at(offset).slot_nbytes != donor) continue;
+    double age = 0;
+    for (Key key : use.keys) age += static_cast<double>(clock_ - (*blocks_.find(key))->last_use);
+    age /= static_cast<double>(std::max<std::size_t>(use.keys.size(), 1));
+    if (age <= chosen_age) continue;
+    chosen = &use;
+    chosen_offset = offset;
+    chosen_age = age;
+  }
+  if (chosen != nullptr) empty_slab(chosen_offset, *chosen, victims);
+}
+
+// How long ago the longest unused block of each slot size was used.
+std::map<std::uint64_t, double> Residency::idle_ages() const {
+  std::map<std::uint64_t, double> ages;
+  blocks_.each([&](Key, const std::unique_ptr<Block>& block) {
+    if (!evictable(*block)) return;
+    double& age = ages[block->slot_nbytes];
+    age = std::max(age, static_cast<double>(clock_ - block->last_use));
+  });
+  return ages;
+}
+
 // Which blocks lie in which slab, and whether the slab could be emptied now.
 std::map<std::uint64_t, Residency::SlabUse> Residency::survey() const {
   std::map<std::uint64_t, SlabUse> uses;
@@ -246,6 +315,7 @@ bool Residency::quiet() const {
 }
 
 void Residency::use(Block& block) {
+  block.last_use = ++clock_;
   policy_.touch(block.key);
   if (block.guessed) nbytes_guessed_ -= block.slot_nbytes;
   block.guessed = false;

@@ -26,6 +26,7 @@ struct Block {
   Key key = 0;
   Slot slot = 0;
   std::uint64_t slot_nbytes = 0;
+  std::uint64_t last_use = 0;  // on the residency's clock, that counts uses
   std::uint32_t pins = 0;
   State state = State::loading;
   bool guessed = false;     // came by a hint and no event has used it yet
@@ -119,6 +120,9 @@ class Residency {
   bool take_short(Arena& arena, const IdleCounts& idle, const Need& need, bool spare_protected,
                   Taken& taken) const;
   bool make_room(const Need& need, std::vector<Victim>& victims);
+  void note_victim(const Block& block);
+  void balance(std::uint64_t slot_nbytes, std::vector<Victim>& victims);
+  std::map<std::uint64_t, double> idle_ages() const;
   std::map<std::uint64_t, SlabUse> survey() const;
   std::uint64_t nbytes_idle() const;
   void empty_slab(std::uint64_t offset, const SlabUse& use, std::vector<Victim>& victims);
@@ -138,6 +142,14 @@ class Residency {
   FlatMap<std::unique_ptr<Block>> blocks_;
   IdleCounts idle_;
   std::unordered_set<Slot> held_;
+  // For slots of several sizes: how long ago their last victims had been used, on average, and how
+  // many there were since a slab last changed its size.
+  struct Pressure {
+    double age = 0;
+    std::uint64_t num_victims = 0;
+  };
+  std::map<std::uint64_t, Pressure> pressure_;
+  std::uint64_t clock_ = 0;
   std::uint64_t num_evictions_ = 0;
   std::uint64_t nbytes_guessed_ = 0;
 };

@@ -445,3 +445,31 @@ def test_all_policies_are_listed_and_checked() -> None:
         _core.check_eviction(spec)
     assert set(MODELS) <= set(SPECS)
     assert np.uint64(_core.Residency(0).budget) == 0
+
+
+def test_sizes_share_the_tier_by_what_they_evict() -> None:
+    # Whoever comes first takes all slabs; then the other size is used, and needs them.
+    residency = _core.Residency(160 * PAGE)
+    for index in range(40):
+        residency.admit([expert(0, index)], [4 * PAGE])
+        residency.mark_ready(expert(0, index))
+    rng = random.Random(3)
+    misses = []
+    for _ in range(4000):
+        key, missing = expert(1, rng.randrange(40)), 0
+        if residency.find(key) is None:
+            status, _ = residency.admit([key], [3 * PAGE])
+            assert status == "ok"
+            residency.mark_ready(key)
+            missing = 1
+        else:
+            residency.use(key)
+        misses.append(missing)
+        if rng.random() < 0.02:  # the first size is still used now and then
+            old = expert(0, 0)
+            if residency.find(old) is not None:
+                residency.use(old)
+    assert sum(misses[-1000:]) == 0  # all 40 are there, in 120 of the 160 pages
+    assert residency.nbytes_cut <= 160 * PAGE
+    held = [key for key in residency.keys() if key >> 32 == expert(0, 0) >> 32]
+    assert 0 < len(held) <= 10
