@@ -366,6 +366,7 @@ def _run_prefixes(trace: Trace, run: Run, machine: Machine) -> None:
     counts: dict[str, dict[str, int]] = defaultdict(lambda: {"num_accesses": 0, "num_hits": 0})
     for i, (first, end) in enumerate(itertools.pairwise(offsets)):
         request, nbytes = keys[first:end], sizes[first:end]
+        residency.begin_event(request[0])
         num_hits = _use_prefix(residency, request, nbytes)
         run.num_hits += num_hits
         hit_nbytes += sum(nbytes[:num_hits])
