@@ -107,8 +107,11 @@ class PythonPolicy final : public EvictionPolicy {
   std::optional<Key> ask(const Evictable& evictable, Key incoming) {
     const Gil gil;
     const PolicyCall call;
+    // Callers know the blocks that they told of, and may be asked for no other.
+    const auto known = [&](Key key) { return nbytes_.find(key) != nullptr && evictable(key); };
+    const Evictable known_and_evictable(known);
     Admits& admits = admits_.cast<Admits&>();
-    admits.evictable = &evictable;
+    admits.evictable = &known_and_evictable;
     struct Reset {
       Admits& admits;
       ~Reset() { admits.evictable = nullptr; }
@@ -141,10 +144,16 @@ class PythonPolicy final : public EvictionPolicy {
   }
 
   std::string describe(const char* method, py::error_already_set& error) const {
-    if (error.matches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();  // raised where it can be
     const std::string type = error.type().attr("__name__").cast<std::string>();
-    const std::string value = py::str(error.value()).cast<std::string>();
-    return "eviction policy '" + name_ + "': " + method + "() raised " + type + ": " + value;
+    std::string what = "eviction policy '" + name_ + "': " + method + "() raised " + type;
+    try {
+      const py::object text = py::str(error.value()).attr("encode")("utf-8", "replace");
+      what += ": " + text.cast<std::string>();
+    } catch (py::error_already_set&) {  // its text raises in turn: go without
+    }
+    // Raised again where it can be; last, since making a text would already raise it.
+    if (error.matches(PyExc_KeyboardInterrupt)) PyErr_SetInterrupt();
+    return what;
   }
 
   [[noreturn]] void wrong(const std::string& what) const {
