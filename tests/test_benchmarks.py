@@ -116,11 +116,33 @@ def check_store(results: dict[str, Any]) -> None:
     assert results["codecs"]["stored_to_raw"]["zstd, byte planes"] < 0.8
 
 
+def check_agreement(results: dict[str, Any]) -> None:
+    for trace in results["traces"].values():
+        for policy, misses in trace["misses"].items():
+            assert len(misses["ours"]) == len(trace["num_slots"]) == len(misses["libcachesim"])
+            assert all(0 < count <= trace["num_requests"] for count in misses["ours"]), policy
+    for policy, row in results["summary"].items():
+        counted = row["num_uncounted_by_libcachesim"] == 0  # if it is installed
+        assert row["equal"] or not row["must_be_equal"] or not counted, policy
+
+
+def check_replay(results: dict[str, Any]) -> None:
+    summary = results["summary"]
+    for rates in summary["replay"].values():
+        assert {"lru", "sieve", "arc", "s3-fifo", "w-tinylfu", "belady"} == set(rates)
+        assert all(row["ours"] > 0 for row in rates.values())
+    assert summary["plug_in"]["python-lru"]["ours"] > 0
+    assert all(row["ours"] >= 0 for row in summary["nbytes_per_slot"].values())
+    assert all(len(row) == 3 for row in summary["nanoseconds_per_request"].values())
+
+
 CHECKS = {
+    "bench_agreement": check_agreement,
     "bench_decode": check_decode,
     "bench_guesses": check_guesses,
     "bench_overhead": check_overhead,
     "bench_policies": check_policies,
     "bench_prefetch": check_prefetch,
+    "bench_replay": check_replay,
     "bench_store": check_store,
 }
