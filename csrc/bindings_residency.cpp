@@ -63,6 +63,7 @@ class BareResidency {
   }
   void protect(Key key, bool on) { residency_.protect(known(key), on); }
   void begin_event(Key key) { residency_.policy().begin_event(partition_of(key)); }
+  void hint(Key key, double probability) { residency_.policy().hint(key, probability); }
   void drop(Key key) {
     Block& block = known(key);
     if (block.pins > 0) throw ConfigError("drop: somebody pins this block");
@@ -111,6 +112,7 @@ void bind_residency(py::module_& m) {
       .def("mark_ready", &BareResidency::mark_ready, py::arg("key"))
       .def("protect", &BareResidency::protect, py::arg("key"), py::arg("on"))
       .def("begin_event", &BareResidency::begin_event, py::arg("key"))
+      .def("hint", &BareResidency::hint, py::arg("key"), py::arg("probability"))
       .def("drop", &BareResidency::drop, py::arg("key"))
       .def("resize", &BareResidency::resize, py::arg("budget"), "False while pins hold slabs back.")
       .def("keys", &BareResidency::keys)

@@ -10,6 +10,7 @@
 #include "eviction/clock.h"
 #include "eviction/fifo.h"
 #include "eviction/gdsf.h"
+#include "eviction/hint_aware.h"
 #include "eviction/least_stale.h"
 #include "eviction/lfru.h"
 #include "eviction/lfu.h"
@@ -49,6 +50,8 @@ const std::vector<BuiltIn>& built_ins() {
       built_in<Adaptive>("adaptive",
                          "evicts what is expected last, by uses that fade at learned rates",
                          "Hawkes, 1971; LRFU, Lee et al., 2001"),
+      built_in<HintAware>("hint-aware", "adaptive, and believes hints as far as they came true",
+                          "after Belady, 1966"),
       built_in<Lru>("lru", "evicts the block unused for longest", "textbook"),
       built_in<Fifo>("fifo", "evicts the block that came first", "textbook"),
       built_in<Clock>("clock", "FIFO with a second chance for what was used",

@@ -12,7 +12,7 @@ from test_core_residency import TRACES, Trace, misses_of_core
 
 from tiered_mem import _core
 
-POLICIES = ["adaptive", "random", "lfru", "gdsf", "least-stale"]
+POLICIES = ["adaptive", "hint-aware", "random", "lfru", "gdsf", "least-stale"]
 
 
 class PlainGdsf:
@@ -221,3 +221,32 @@ def test_adaptive_survives_a_budget_below_one_token() -> None:
     accesses = 4 * len(events)
     assert misses_of_core(events, 12, "lru") == accesses
     assert misses_of_core(events, 12, "adaptive") < 0.6 * accesses
+
+
+def misses_with_hints(trace: Trace, num_slots: int, recall: float, lookahead: int) -> int:
+    """As `misses_of_core`, hinting each event `lookahead` events before it comes."""
+    rng = random.Random(7)
+    residency, misses = _core.Residency(num_slots * PAGE, "hint-aware"), 0
+    for number, event in enumerate(trace):
+        residency.begin_event(event[0])
+        missing = [key for key in event if residency.find(key) is None]
+        for key in set(event) - set(missing):
+            residency.pin(key)
+        assert residency.admit(missing, [PAGE] * len(missing))[0] == "ok"
+        for key in missing:
+            residency.mark_ready(key)
+        for key in set(event) - set(missing):
+            residency.use(key)
+            residency.unpin(key)
+        misses += len(missing)
+        for key in trace[number + lookahead] if number + lookahead < len(trace) else ():
+            right = rng.random() < recall
+            residency.hint(key if right else (key >> 32 << 32) + rng.randrange(64), 0.8)
+    return misses
+
+
+def test_hints_help_as_far_as_they_are_right() -> None:
+    events, without = TRACES["layers"], misses_of_core(TRACES["layers"], 48, "adaptive")
+    right, half, wrong = (misses_with_hints(events, 48, recall, 5) for recall in (1, 0.5, 0))
+    assert right < half < without
+    assert wrong < 1.01 * without

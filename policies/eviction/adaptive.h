@@ -40,7 +40,7 @@ class Adaptive : public EvictionPolicy {
     ++layer.num_events;
     for (std::size_t i = 0; i < kNumKernels; ++i)
       layer.norms[i] = layer.norms[i] * kernels().step[i] + 1;
-    layer.weakest = kNone;
+    layer.last = kNone;
   }
   void insert(Key key, std::uint64_t) override {
     Layer& layer = layer_of(partition_of(key));
@@ -66,9 +66,9 @@ class Adaptive : public EvictionPolicy {
     std::uint32_t victim = kNone;
     for (auto& [partition, layer] : layers_) {
       if (layer.residents.empty()) continue;
-      const std::uint32_t id = weakest(layer, evictable);
+      const std::uint32_t id = last_expected(layer, evictable);
       if (id == kNone) continue;
-      double expected = 1 / probability(records_[id], layer) + turn(layer);
+      double expected = wait(records_[id], layer) + turn(layer);
       if (incoming != kNoKey && partition != partition_of(incoming)) expected *= kOtherLayer;
       if (expected <= latest) continue;
       latest = expected;
@@ -105,11 +105,11 @@ class Adaptive : public EvictionPolicy {
     double interval = 1;                   // events of all layers between two of its own
     Row norms{};                           // what counts would be with a use at each event
     std::vector<std::uint32_t> residents;  // records
-    std::uint32_t weakest = kNone;         // the least likely resident, if known
+    std::uint32_t last = kNone;            // the resident expected last, if known
   };
 
   /// That the next event of the layer uses the block.
-  virtual double probability(const Record& record, const Layer& layer) const {
+  double probability(const Record& record, const Layer& layer) const {
     const Row faded = fade(layer.num_events - record.last_use);
     const auto& share = layer.weights->share;
     double sum = share[kNumKernels] * common(layer);
@@ -117,7 +117,19 @@ class Adaptive : public EvictionPolicy {
       sum += share[i] * record.counts[i] * faded[i] / layer.norms[i];
     return std::clamp(sum, 1e-12, 1.0);
   }
-  void distrust(Layer& layer) { layer.weakest = kNone; }
+  /// The chance that any known block of the layer has, whatever it did.
+  static double common(const Layer& layer) {
+    return static_cast<double>(layer.num_uses) / layer.num_events / layer.num_known;
+  }
+  /// In how many rounds of the layer the block is expected.
+  virtual double wait(const Record& record, const Layer& layer) const {
+    return 1 / probability(record, layer);
+  }
+  /// Null if nothing is known of the block.
+  const Record* find(Key key) const {
+    const std::uint32_t* id = ids_.find(key);
+    return id == nullptr ? nullptr : &records_[*id];
+  }
   Layer& layer_of(Partition partition) {
     Layer& layer = layers_[partition];
     if (layer.weights == nullptr) layer.weights = &weights_[partition >> 16];
@@ -148,9 +160,6 @@ class Adaptive : public EvictionPolicy {
     }
     return left;
   }
-  static double common(const Layer& layer) {
-    return static_cast<double>(layer.num_uses) / layer.num_events / layer.num_known;
-  }
   /// The part of a round until the layer's next event.
   double turn(const Layer& layer) const {
     const double waited = static_cast<double>(now_ - layer.last_event);
@@ -160,7 +169,7 @@ class Adaptive : public EvictionPolicy {
   std::uint32_t use(Key key, Layer& layer) {
     if (layer.num_events == 0) begin_event(partition_of(key));  // a tier that has no events
     ++layer.num_uses;
-    layer.weakest = kNone;
+    layer.last = kNone;
     const std::uint32_t* found = ids_.find(key);
     const std::uint32_t id = found != nullptr ? *found : add(key, layer);
     Record& record = records_[id];
@@ -208,12 +217,12 @@ class Adaptive : public EvictionPolicy {
   void remove(std::uint32_t id) {
     Record& record = records_[id];
     Layer& layer = layer_of(partition_of(record.key));
-    const std::uint32_t last = layer.residents.back();
-    layer.residents[record.place] = last;
-    records_[last].place = record.place;
+    const std::uint32_t moved = layer.residents.back();
+    layer.residents[record.place] = moved;
+    records_[moved].place = record.place;
     layer.residents.pop_back();
     record.place = kNone;
-    layer.weakest = kNone;
+    layer.last = kNone;
     away_.push_front(record.key);
     --size_;
   }
@@ -226,32 +235,32 @@ class Adaptive : public EvictionPolicy {
     }
   }
 
-  /// The least likely resident that may go, or kNone.
-  std::uint32_t weakest(Layer& layer, const Evictable& evictable) {
-    if (layer.weakest != kNone && evictable(records_[layer.weakest].key)) return layer.weakest;
+  /// The resident that is expected last of those that may go, or kNone.
+  std::uint32_t last_expected(Layer& layer, const Evictable& evictable) {
+    if (layer.last != kNone && evictable(records_[layer.last].key)) return layer.last;
     const std::vector<std::uint32_t>& residents = layer.residents;
-    Search search{2, 2, kNone, kNone};
+    Search search;
     if (residents.size() > kSample)
       for (std::size_t i = 0; i < kSample; ++i)
         look(residents[next_random() % residents.size()], layer, evictable, search);
     if (search.admitted == kNone)
       for (const std::uint32_t id : residents) look(id, layer, evictable, search);
-    layer.weakest = search.any;
+    layer.last = search.any;
     return search.admitted;
   }
   struct Search {
-    double least, least_admitted;
-    std::uint32_t any, admitted;
+    double longest = -1, longest_admitted = -1;
+    std::uint32_t any = kNone, admitted = kNone;
   };
   void look(std::uint32_t id, const Layer& layer, const Evictable& evictable,
             Search& search) const {
-    const double chance = probability(records_[id], layer);
-    if (chance < search.least) {
-      search.least = chance;
+    const double rounds = wait(records_[id], layer);
+    if (rounds > search.longest) {
+      search.longest = rounds;
       search.any = id;
     }
-    if (chance < search.least_admitted && evictable(records_[id].key)) {
-      search.least_admitted = chance;
+    if (rounds > search.longest_admitted && evictable(records_[id].key)) {
+      search.longest_admitted = rounds;
       search.admitted = id;
     }
   }
