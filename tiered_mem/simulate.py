@@ -350,6 +350,7 @@ class _EventRun:
         kind = Kind(int(trace.event_kind[first])).name.lower()
         counts = run.hits_by_kind.setdefault(kind, {"num_accesses": 0, "num_hits": 0})
         phase = run.prefill if trace.event_phase[first] == Phase.PREFILL else run.decode
+        part: dict[str, Any]
         for part in (counts, phase):
             part["num_accesses"] = part.get("num_accesses", 0) + num_accesses
             part["num_hits"] = part.get("num_hits", 0) + hits
