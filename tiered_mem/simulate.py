@@ -348,9 +348,10 @@ class _EventRun:
         run.num_hits += hits
         self._hit_nbytes += after["nbytes_hit"] - before["nbytes_hit"]
         kind = Kind(int(trace.event_kind[first])).name.lower()
-        counts = run.hits_by_kind.setdefault(kind, {"num_accesses": 0, "num_hits": 0})
-        phase = run.prefill if trace.event_phase[first] == Phase.PREFILL else run.decode
-        part: dict[str, Any]
+        empty = {"num_accesses": 0, "num_hits": 0}
+        counts: dict[str, Any] = run.hits_by_kind.setdefault(kind, empty)
+        prefill = trace.event_phase[first] == Phase.PREFILL
+        phase: dict[str, Any] = run.prefill if prefill else run.decode
         for part in (counts, phase):
             part["num_accesses"] = part.get("num_accesses", 0) + num_accesses
             part["num_hits"] = part.get("num_hits", 0) + hits
