@@ -55,11 +55,15 @@ void Tiers::begin_event(const Event& event) {
 
 // Once all is in its place: the event that the error belongs to is then released.
 void Tiers::rethrow_policy_errors() {
-  hbm_.policy().rethrow();
-  if (has_dram_) dram_.policy().rethrow();
-  if (!policy_error_) return;
-  const std::exception_ptr error = std::exchange(policy_error_, nullptr);
-  std::rethrow_exception(error);
+  std::exception_ptr error = std::exchange(policy_error_, nullptr);
+  for (Residency* residency : {&hbm_, &dram_}) {
+    try {
+      residency->policy().rethrow();
+    } catch (const PolicyError&) {  // the others' must not wait for an event that has no part in it
+      if (!error) error = std::current_exception();
+    }
+  }
+  if (error) std::rethrow_exception(error);
 }
 
 // Returns once the event is admitted.
@@ -75,10 +79,14 @@ void Tiers::wait_for_room(Lock& lock, Event& event) {
   };
   queue_.push_back(&event);
   const Place place{*this, &event};
+  const double started = engine_.now();
   for (Clock::time_point next_poll{};;) {
     check_open();
     if (queue_.front() == &event || holders_.count(event.stream_) > 0) {
-      if (try_acquire(event) == Admission::ok) return;
+      if (try_acquire(event) == Admission::ok) {
+        count_stall(started);
+        return;
+      }
       if (cancel_guesses(event)) continue;
     }
     wait_changed(lock, next_poll);
@@ -97,6 +105,10 @@ bool Tiers::cancel_guesses(const Event& event) {
   bool any = false;
   for (Key key : guesses) any |= cancel_load(key);
   return any;
+}
+
+void Tiers::count_stall(double since) {
+  stats_.stall_ns += static_cast<std::uint64_t>((engine_.now() - since) * 1e9 + 0.5);
 }
 
 // True if the load ended by it and its slot is free again.
@@ -354,9 +366,7 @@ std::vector<std::uint32_t> Event::wait_any(std::vector<Failure>& failures) {
     tiers_->wait_changed(lock, next_poll);
     check_held();
   }
-  if (waited)
-    tiers_->stats_.stall_ns +=
-        static_cast<std::uint64_t>((tiers_->engine_.now() - started) * 1e9 + 0.5);
+  if (waited) tiers_->count_stall(started);
   return positions;
 }
 

@@ -47,7 +47,7 @@ Tiers::Tiers(const TiersConfig& config, std::unique_ptr<Device> device, Poll pol
   dram_memory_ = make_host_device()->allocate(dram_.arena().reserved());
 }
 
-Tiers::~Tiers() { close(); }
+Tiers::~Tiers() { shut(); }
 
 void Tiers::destroy(Tiers* tiers) {
   if (!tiers->forked()) delete tiers;
@@ -395,6 +395,11 @@ bool Tiers::closed() {
 
 void Tiers::close() {
   if (forked()) return;
+  refuse_in_policy();
+  shut();
+}
+
+void Tiers::shut() {
   {
     Lock lock(mutex_);
     if (closed_) return;

@@ -189,7 +189,8 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   std::uint64_t hbm_nbytes_used();
   std::uint64_t dram_nbytes_used();
   std::shared_ptr<Memory> hbm_memory();
-  /// Cancels transfers, wakes waiting events with RuntimeClosed, gives the memory up.
+  /// Cancels transfers, wakes waiting events with RuntimeClosed, gives the memory up. Throws
+  /// ConfigError inside a policy.
   void close();
   bool closed();
 
@@ -200,6 +201,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   using Ticket = std::shared_ptr<Transfer>;
   using Source = std::shared_ptr<const Extent>;
 
+  void shut();
   bool forked() const { return generation_ != process_generation(); }
   Lock lock();
   static void refuse_in_policy();
@@ -218,6 +220,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   }
   void rethrow_policy_errors();
   void wait_for_room(Lock& lock, Event& event);
+  void count_stall(double since);
   bool cancel_guesses(const Event& event);
   bool cancel_load(Key key);
   void settle_hints(const Key* keys, std::size_t num_keys, std::uint64_t stream);

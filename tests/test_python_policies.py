@@ -267,7 +267,7 @@ def assert_all_is_well(tiers: _core.Tiers, blocks: Blocks, num_slots: int) -> No
     assert stats["num_failed"] == 0
 
 
-@pytest.mark.parametrize("dram", [0])
+@pytest.mark.parametrize("dram", [0, 3])
 @pytest.mark.parametrize(
     "method", ["insert", "touch", "erase", "evict", "hint", "begin_event", "set_budget"]
 )
@@ -389,6 +389,29 @@ def test_a_policy_that_cannot_be_made_is_named(blocks: Blocks) -> None:
             Runtime(4 * PAGE, eviction=policy)
 
 
+def test_a_layers_policy_that_cannot_be_made_leaves_nothing_behind(blocks: Blocks) -> None:
+    class Tired(PythonLru):
+        name = "tired"
+        num_left = 3
+
+        def __init__(self) -> None:
+            super().__init__()
+            Tired.num_left -= 1
+            if Tired.num_left < 0:
+                fail()
+
+    resolve_eviction(Tired)
+    tiers = make(blocks, "per-layer(tired)", 4)
+    Tired.num_left = 1
+    use(tiers, 0, [0, 1, 2])
+    for _ in range(2):
+        with pytest.raises(PolicyError, match="'tired' can't be made: ValueError"):
+            tiers.acquire(experts(1, [0, 1]))
+        use(tiers, 0, [1, 2, 3, 4])
+    Tired.num_left = 9
+    assert_all_is_well(tiers, blocks, 4)
+
+
 def test_names_that_cannot_be(blocks: Blocks) -> None:
     for name, says in (("lru", "is a built-in"), ("a b", "can't name"), ("x(1)", "can't name")):
         with pytest.raises(ConfigError, match=says):
@@ -439,6 +462,7 @@ def test_policies_cannot_call_the_runtime(blocks: Blocks, method: str) -> None:
         lambda: event.wait_any(),
         lambda: event.release(),
         tiers.stats,
+        tiers.close,
     ]
     for number, call in enumerate(calls):
 
@@ -560,7 +584,7 @@ def test_a_model_survives_a_policy_that_misbehaves(saved: Saved, method: str, af
         return fail() if left[0] < 0 else PythonLru.evict(self, *arguments)
 
     expected = generate(saved.model, prompt())
-    with saved.on_tiers(eviction=Moody, dram_slots=0) as model:
+    with saved.on_tiers(eviction=Moody) as model:
         Moody.turn(method, act_on_evict if method == "evict" else act)
         with pytest.raises(PolicyError, match=rf"'moody': {method}\(\) raised ValueError"):
             generate(model, prompt())

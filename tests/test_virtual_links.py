@@ -199,6 +199,16 @@ def test_a_guess_that_nobody_used_is_waste() -> None:
     assert tiers.stats()["nbytes_prefetch_wasted"] == MIB
 
 
+def test_waiting_for_the_slots_of_guesses_is_a_stall() -> None:
+    tiers = make(hbm=16)
+    tiers.hint(experts(1, [0, 1]), exact=True)
+    tiers.advance(1 / 16)
+    # No slot is free before the first piece of 1:0 has arrived, at 1/8.
+    keys = np.concatenate([experts(0, range(8)), experts(2, range(8))])
+    assert use(tiers, keys)[-1] == 16 + 1 / 8
+    assert tiers.stats()["stall_ns"] == 16_062_500_000
+
+
 def test_guesses_go_in_the_order_of_their_events() -> None:
     tiers = make(hbm=16)
     tiers.hint(experts(1, [0]), exact=True)

@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "policy.h"
@@ -77,11 +78,12 @@ class PerLayer final : public EvictionPolicy {
     return found == layers_.end() ? nullptr : &found->second;
   }
   Layer& layer_of(Partition partition) {
+    const auto found = layers_.find(partition);
+    if (found != layers_.end()) return found->second;
+    auto policy = make_();  // a plug-in may throw: then there is no such layer
     Layer& layer = layers_[partition];
-    if (!layer.policy) {
-      layer.policy = make_();
-      set_budget(budget_);
-    }
+    layer.policy = std::move(policy);
+    set_budget(budget_);
     return layer;
   }
 
