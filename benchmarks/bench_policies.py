@@ -74,8 +74,9 @@ def simulate_all(options: Any, path: Path, trace: Trace) -> Grid:
 
 
 def policies(default: str) -> list[str]:
-    """Return all policies; of those made from others, the ones that people would try."""
+    """Return all policies that can be run; of those made from others, what people would try."""
     plain = [policy.name for policy in list_policies() if "(" not in policy.name]
+    plain.remove("belady")  # stands among the bounds
     return list(dict.fromkeys([*plain, "per-layer(lru)", "per-layer(lfu)", default]))
 
 

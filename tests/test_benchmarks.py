@@ -62,6 +62,13 @@ def check_decode(results: dict[str, Any]) -> None:
     assert min(read) > 0, "the page cache had been dropped before every token"
 
 
+def check_fidelity(results: dict[str, Any]) -> None:
+    for line in results["summary"]:
+        assert line["same_decisions"]
+        assert line["stall_seconds"] > 0 and line["simulated_stall_seconds"] > 0
+    assert all(run["num_misses"] > 0 for run in results["rounds"])
+
+
 def check_guesses(results: dict[str, Any]) -> None:
     points = results["points"]
     assert len(points) == 3 * 5, "budgets and links"
@@ -85,7 +92,8 @@ def check_overhead(results: dict[str, Any]) -> None:
 
 def check_policies(results: dict[str, Any]) -> None:
     standings = results["summary"]["standings"]["all routes"]
-    assert {policy.name for policy in list_policies()} <= set(standings) | {"per-layer(X)"}
+    known = {policy.name for policy in list_policies()} - {"belady", "per-layer(X)"}
+    assert known | {"per-layer(lru)", "per-layer(lfu)"} == set(standings)
     assert standings["lru"]["worst_margin_over_lru"]["is"] == 0
     assert standings["lru"]["worst_stall_to_lru"]["is"] == 1
     bounds = {bound["hbm"]: bound for bound in results["bounds"]}
@@ -139,6 +147,7 @@ def check_replay(results: dict[str, Any]) -> None:
 CHECKS = {
     "bench_agreement": check_agreement,
     "bench_decode": check_decode,
+    "bench_fidelity": check_fidelity,
     "bench_guesses": check_guesses,
     "bench_overhead": check_overhead,
     "bench_policies": check_policies,
