@@ -89,6 +89,10 @@ def memory_to_spare() -> int:
     return max(0, headroom())
 
 
+# Policies that keep some of a cycle through the layers that is larger than the tier.
+_ABOVE_CYCLES = ("adaptive", "hint-aware", "least-stale", "lirs", "per-layer(", "random")
+
+
 @dataclass(frozen=True)
 class WorkingSet:
     """What a model asks of the budgets, in bytes of slots.
@@ -155,12 +159,12 @@ class Budgets:
                 f"{format_size(needs.event_nbytes)} ({needs.event_nbytes} bytes) of experts at "
                 "once; give at least that"
             )
-        if warn and self.hbm < needs.cycle_nbytes and not eviction.startswith("per-layer("):
+        if warn and self.hbm < needs.cycle_nbytes and not eviction.startswith(_ABOVE_CYCLES):
             warnings.warn(
                 f"hbm is {format_size(self.hbm)}, below one token's cycle of "
                 f"{format_size(needs.cycle_nbytes)} ({needs.cycle_nbytes} bytes: top-k experts of "
                 f"every layer); {eviction} over all layers hits next to nothing there: give at "
-                f"least that, or use eviction='per-layer({eviction})'",
+                f"least that, or use eviction='adaptive' or 'per-layer({eviction})'",
                 BudgetWarning,
                 stacklevel=3,
             )

@@ -10,6 +10,9 @@ from typing import ClassVar, NamedTuple
 from tiered_mem import _core
 from tiered_mem.errors import ConfigError
 
+#: What a runtime uses unless told otherwise; docs/policies.md says why.
+DEFAULT_EVICTION = "adaptive"
+
 
 class EvictionPolicy(ABC):
     """Ranks the blocks of one tier. It chooses; the runtime acts.

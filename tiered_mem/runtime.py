@@ -19,7 +19,7 @@ from tiered_mem import _core
 from tiered_mem.config import Budgets, format_size
 from tiered_mem.errors import BudgetError, ConfigError, TieredMemError
 from tiered_mem.memory_watch import MemoryWatch
-from tiered_mem.policy import EvictionPolicy, resolve_eviction
+from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
 from tiered_mem.space import Repair, Space
 from tiered_mem.stats import Log, Stats
 from tiered_mem.store import Store
@@ -43,7 +43,7 @@ class Runtime:
         hbm: int,
         dram: int = 0,
         *,
-        eviction: str | type[EvictionPolicy] = "lru",
+        eviction: str | type[EvictionPolicy] = DEFAULT_EVICTION,
         num_io_threads: int = 4,
     ) -> None:
         budgets = Budgets.resolve(hbm, dram, whole=0)

@@ -31,7 +31,7 @@ from tiered_mem import _core
 from tiered_mem.errors import ChecksumError, ConfigError
 from tiered_mem.keys import BlockKey, KeyArray, Kind, unpack_keys
 from tiered_mem.policies.prefetch import Decision, ModelInfo, Oracle, Predictor, make_predictor
-from tiered_mem.policy import EvictionPolicy, resolve_eviction
+from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
 from tiered_mem.reading import Reading
 from tiered_mem.stats import Log
 from tiered_mem.trace import Form, Phase, Trace
@@ -141,7 +141,7 @@ def simulate(
     *,
     hbm: int,
     dram: int = 0,
-    eviction: str | type[EvictionPolicy] = "lru",
+    eviction: str | type[EvictionPolicy] = DEFAULT_EVICTION,
     prefetch: str | Predictor = "none",
     machine: Machine,
     on_log: Callable[[Log], None] | None = None,

@@ -30,7 +30,7 @@ namespace tiered_mem {
 /// many are drawn (seeded), as in LHD (Beckmann et al., NSDI 2018).
 class Adaptive : public EvictionPolicy {
  public:
-  static constexpr std::size_t kSample = 64;
+  static constexpr std::size_t kSample = 128;
 
   void begin_event(Partition partition) override {
     Layer& layer = layer_of(partition);

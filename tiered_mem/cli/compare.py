@@ -10,7 +10,7 @@ import typer
 
 from tiered_mem.cli import output
 
-_EVICTION = "lru,lfu,per-layer(lfu),arc,s3-fifo,w-tinylfu,least-stale"
+_EVICTION = "adaptive,lru,lfu,per-layer(lfu),arc,s3-fifo,w-tinylfu,least-stale"
 
 
 def compare(

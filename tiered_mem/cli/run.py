@@ -27,7 +27,7 @@ def run(
     check: Annotated[
         bool, typer.Option("--check", help="Compare with the model without offload.")
     ] = False,
-    eviction: Annotated[str, typer.Option(help="See tiered-mem policies.")] = "lru",
+    eviction: Annotated[str, typer.Option(help="See tiered-mem policies.")] = "adaptive",
     prefetch: Annotated[str, typer.Option(help="See tiered-mem policies.")] = "next-gate",
     temperature: Annotated[
         float, typer.Option(min=0, help="Of sampling; 0 takes the likeliest token.")

@@ -39,7 +39,7 @@ from tiered_mem.hf.route import model_info
 from tiered_mem.hf.working_set import working_set
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.policies.prefetch import Predictor, make_predictor
-from tiered_mem.policy import EvictionPolicy, resolve_eviction
+from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
 from tiered_mem.runtime import Runtime
 from tiered_mem.space import Repair
 from tiered_mem.store import Store, allocate
@@ -71,7 +71,7 @@ def from_pretrained(
         nvme: Directory of the store. Packed into on first use (`tiered-mem pack` does it ahead) and
             kept; None: a temporary one that goes with the model.
         eviction: Name of an eviction policy, or a class derived from
-            `tiered_mem.policy.EvictionPolicy`; default "lru".
+            `tiered_mem.policy.EvictionPolicy`; default "adaptive".
         prefetch: Name of the predictor, or a predictor of your own for this model.
         codec: "none" or "zstd", for blocks packed now.
         runtime: Put the model on this runtime, beside others; then it has the budgets and policy.
@@ -96,7 +96,11 @@ def from_pretrained(
         undo.callback(checkpoint.close)
         layouts, needs = checkpoint.layouts, working_set(checkpoint.layouts, checkpoint.config)
         predictor.check(model_info(checkpoint.config, layouts[0].num_experts))
-        policy = runtime.eviction if runtime is not None else resolve_eviction(eviction or "lru")
+        policy = (
+            runtime.eviction
+            if runtime is not None
+            else resolve_eviction(eviction or DEFAULT_EVICTION)
+        )
         budgets = _budgets(hbm, dram, runtime, needs)
         budgets.check(needs, policy)
         directory = _store_directory(nvme, undo)
@@ -148,7 +152,11 @@ def offload(
         layouts = [by_layer[layer] for layer in sorted(by_layer)]
         needs = working_set(layouts, model.config)
         predictor.check(model_info(model.config, layouts[0].num_experts))
-        policy = runtime.eviction if runtime is not None else resolve_eviction(eviction or "lru")
+        policy = (
+            runtime.eviction
+            if runtime is not None
+            else resolve_eviction(eviction or DEFAULT_EVICTION)
+        )
         budgets = _budgets(hbm, dram, runtime, needs)
         budgets.check(needs, policy)
         directory = _store_directory(nvme, undo)
@@ -265,7 +273,7 @@ def _check_options(
     predictor = make_predictor(prefetch)
     Codec.choose(codec, itemsize=1)
     if runtime is None:
-        resolve_eviction(eviction or "lru")
+        resolve_eviction(eviction or DEFAULT_EVICTION)
         return predictor
     if not isinstance(runtime, Runtime):
         raise ConfigError(f"runtime is a tiered_mem.Runtime, not {runtime!r}")
