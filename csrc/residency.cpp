@@ -61,7 +61,7 @@ Admission Residency::admit(const std::vector<Wanted>& wanted, Entry entry,
     block->slot_nbytes = round_to_pages(wanted[i].nbytes);
     block->slot = choices[i].slot;
     if (choices[i].victim != nullptr) {
-      note_victim(*choices[i].victim);
+      if (entry == Entry::demanded) note_victim(*choices[i].victim);
       victims.push_back(remove(*choices[i].victim, true));
       block->slot = arena_.take(block->slot_nbytes).value();
     }

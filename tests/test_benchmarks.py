@@ -71,7 +71,7 @@ def check_fidelity(results: dict[str, Any]) -> None:
 
 def check_guesses(results: dict[str, Any]) -> None:
     points = results["points"]
-    assert len(points) == 3 * 5, "budgets and links"
+    assert len(points) == 2 * 3 * 5, "policies, budgets and links"
     highest = 0.0
     for point in points:
         runs = {run["recall"]: run for run in point["runs"]}

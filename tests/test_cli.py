@@ -116,7 +116,7 @@ BAD_INPUT = {
     "negative": (["run", MODEL, "--prompt", "a", "--dram", "-5"], "-5"),
     "too large": (["run", MODEL, "--prompt", "a", "--hbm", "900TiB"], "more than the"),
     "below one event": (["run", MODEL, "--prompt", "a", "--hbm", "100KiB"], "147456 bytes"),
-    "eviction": (["run", MODEL, "--prompt", "a", "--eviction", "magic"], "there are: lru"),
+    "eviction": (["run", MODEL, "--prompt", "a", "--eviction", "magic"], "there are: adaptive"),
     "prefetch": (["run", MODEL, "--prompt", "a", "--prefetch", "magic"], "next-gate"),
     "temperature": (["run", MODEL, "--prompt", "a", "--temperature", "-1"], "temperature"),
     "no directory": (["doctor", "{tmp}/nothing"], "not a directory"),

@@ -175,10 +175,10 @@ def test_errors_of_use_are_named(blocks: Blocks) -> None:
         tiers.hint(np.array([expert(0, 0), expert(1, 0)], np.uint64))
     with pytest.raises(ConfigError, match="unknown link"):
         tiers.throttle("hbm", 1)
-    with pytest.raises(ConfigError, match=r"unknown eviction policy 'mru'.*lru.*fifo"):
-        _core.Tiers(hbm=PAGE, dram=0, eviction="mru")
+    with pytest.raises(ConfigError, match=r"unknown eviction policy 'magic'.*lru.*fifo"):
+        _core.Tiers(hbm=PAGE, dram=0, eviction="magic")
     with pytest.raises(ConfigError, match="unknown eviction policy"):
-        _core.check_eviction("per-layer(mru)")
+        _core.check_eviction("per-layer(magic)")
     with pytest.raises(BudgetError):
         tiers.resize_hbm(10**12)
     tiers.close()

@@ -279,7 +279,7 @@ def test_errors_of_use_are_named() -> None:
         lambda: residency.admit([5], [PAGE, PAGE]),
         lambda: residency.unpin(key),
         lambda: residency.pin(99),
-        lambda: _core.Residency(PAGE, "mru"),
+        lambda: _core.Residency(PAGE, "magic"),
         lambda: _core.Residency(PAGE, "per-layer()"),
         lambda: _core.Residency(PAGE, ""),
     ):

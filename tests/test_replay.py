@@ -323,7 +323,7 @@ def test_a_plug_in_that_misbehaves_is_named(plug_in: type[Stack], message: str) 
 
 def test_errors_of_use_are_named() -> None:
     for arguments, message in [
-        (("mru", [1], 8), "mru"),
+        (("magic", [1], 8), "magic"),
         (("lru", [1], 0), "at least 1"),
         (("lru", [1, 2**64 - 1], 8), "names no block"),
         (("lru", [1, 2], 8, [1]), "as many sizes"),

@@ -369,8 +369,8 @@ def events_trace(**options: Any) -> Trace:
 @pytest.mark.parametrize(
     ("trace", "options", "says"),
     [
-        (events_trace(), {"eviction": "mru"}, "unknown eviction policy 'mru'"),
-        (events_trace(), {"eviction": "per-layer(mru)"}, "unknown eviction policy 'mru'"),
+        (events_trace(), {"eviction": "magic"}, "unknown eviction policy 'magic'"),
+        (events_trace(), {"eviction": "per-layer(magic)"}, "unknown eviction policy 'magic'"),
         (events_trace(), {"eviction": 7}, "neither a policy's name nor a class"),
         (events_trace(), {"eviction": "belady", "dram": PAGE}, "leave dram at 0"),
         (events_trace(), {"prefetch": "psychic"}, "prefetch='psychic' is no predictor"),

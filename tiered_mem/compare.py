@@ -242,6 +242,11 @@ def _pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
     # Forked, a child would hold locks of threads that it doesn't have.
     spawning = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_processes, spawning, _leave_interrupts_to_the_parent)
+    # The first call starts all of them. They inherit what is blocked: an interrupt on their way up
+    # is the parent's too.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    pool.submit(int)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     try:
         yield pool
     except BaseException:

@@ -90,7 +90,7 @@ def memory_to_spare() -> int:
 
 
 # Policies that keep some of a cycle through the layers that is larger than the tier.
-_ABOVE_CYCLES = ("adaptive", "hint-aware", "least-stale", "lirs", "per-layer(", "random")
+_ABOVE_CYCLES = ("adaptive", "hint-aware", "least-stale", "lirs", "random")
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,17 @@ class Budgets:
                 f"{format_size(needs.event_nbytes)} ({needs.event_nbytes} bytes) of experts at "
                 "once; give at least that"
             )
-        if warn and self.hbm < needs.cycle_nbytes and not eviction.startswith(_ABOVE_CYCLES):
+        if warn and self.hbm < needs.cycle_nbytes and not eviction.startswith("per-layer("):
+            so = "little there: give at least that"
+            if not eviction.startswith(_ABOVE_CYCLES):
+                so = (
+                    "next to nothing there: give at least that, or use eviction='adaptive' or "
+                    f"'per-layer({eviction})'"
+                )
             warnings.warn(
                 f"hbm is {format_size(self.hbm)}, below one token's cycle of "
                 f"{format_size(needs.cycle_nbytes)} ({needs.cycle_nbytes} bytes: top-k experts of "
-                f"every layer); {eviction} over all layers hits next to nothing there: give at "
-                f"least that, or use eviction='adaptive' or 'per-layer({eviction})'",
+                f"every layer); {eviction} over all layers hits {so}",
                 BudgetWarning,
                 stacklevel=3,
             )

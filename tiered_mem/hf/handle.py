@@ -124,6 +124,7 @@ class TieredModel:
         self.hooks.close()
         for _, module, _ in self._experts:
             module.__dict__.pop("tiered", None)
+        self.experts.clear()  # they view HBM's memory
         self._give_back()  # once, whoever comes first
 
     def unwrap(self) -> PreTrainedModel:
