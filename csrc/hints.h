@@ -25,9 +25,10 @@ struct Hint {
 class HintBook {
  public:
   /// The share of right guesses from which a transfer pays, and how many predictions of a rank
-  /// must have been seen before it is judged. The share is low since a wrong guess costs little:
-  /// it moves while the link would idle, lets demand through at the next piece, and leaves first.
-  static constexpr double kPaysFrom = 0.1;
+  /// must have been seen before it is judged. A wrong guess costs
+  /// little: it moves while the link would idle, lets demand through at the next piece, and leaves
+  /// first. What it costs is the block that it pushes out, which may be worth as much.
+  static constexpr double kPaysFrom = 0.35;
   static constexpr double kMinSeen = 4;
   static constexpr std::uint32_t kMaxRank = 64;
 

@@ -142,7 +142,8 @@ Block* Residency::choose_victim(const Wanted& want, bool spare_protected) {
       return block != nullptr && block->slot_nbytes == slot_nbytes && evictable(*block) &&
              !(spare && block->protected_);
     };
-    return policy_.evict(admits, want.key);
+    // Of a guess the policy hears only when it is used.
+    return policy_.evict(admits, spare_protected ? kNoKey : want.key);
   };
   auto key = choose(true);
   if (!key && !spare_protected) key = choose(false);
