@@ -4,6 +4,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <chrono>
+#include <thread>
+
 #include "error.h"
 
 namespace tiered_mem {
@@ -20,18 +24,50 @@ bool interpreter_is_ending() {
 
 namespace {
 
-void stop_if_ending() {
-  while (interpreter_is_ending() && !in_main_thread()) pause();
+// At the interpreter's end a thread other than the main one that waits for the GIL, or runs Python,
+// is ended there: through C++ frames, which ends the process. So the end waits for those that are
+// about to take it, and whoever comes later stops before.
+std::atomic<int> num_taking{0};
+std::atomic<bool> end_has_begun{false};
+
+bool too_late() { return (end_has_begun || interpreter_is_ending()) && !in_main_thread(); }
+
+class Taking {
+ public:
+  Taking() {
+    ++num_taking;
+    if (!too_late()) return;
+    --num_taking;
+    for (;;) pause();
+  }
+  ~Taking() { --num_taking; }
+};
+
+void begin_end() {
+  end_has_begun = true;
+  const NoGil released;
+  for (int i = 0; i < 2000 && num_taking > 0; ++i)  // one that hangs is left alone
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
 }  // namespace
 
 NoGil::~NoGil() {
-  stop_if_ending();
+  const Taking taking;
   PyEval_RestoreThread(state_);
 }
 
-Gil::Gil() : acquired_((stop_if_ending(), py::gil_scoped_acquire())) {}
+Gil::Gil() : acquired_((Taking(), py::gil_scoped_acquire())) {}
+
+PluginCall::PluginCall() {
+  ++num_taking;
+  if (!too_late()) gil_.emplace();
+}
+
+PluginCall::~PluginCall() {
+  gil_.reset();
+  --num_taking;
+}
 
 namespace {
 
@@ -80,6 +116,8 @@ py::object as_exception(const std::exception_ptr& error) {
 PYBIND11_MODULE(_core, m) {
   using namespace tiered_mem;
   m.doc() = "The core of tiered-mem in C++.";
+  // What is registered first runs last: after all that others do at the end.
+  py::module_::import("atexit").attr("register")(py::cpp_function(&begin_end));
   bind_errors(m);
   bind_bounds(m);
   bind_store(m);

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "key.h"
@@ -38,6 +39,20 @@ class Gil {
 
  private:
   py::gil_scoped_acquire acquired_;
+};
+
+/// A call into Python that may run long, from under a lock: nobody stops in it. False where the
+/// interpreter's end has begun and this isn't its main thread: then Python isn't called any more.
+class PluginCall {
+ public:
+  PluginCall();
+  ~PluginCall();
+  PluginCall(const PluginCall&) = delete;
+  PluginCall& operator=(const PluginCall&) = delete;
+  explicit operator bool() const { return gil_.has_value(); }
+
+ private:
+  std::optional<py::gil_scoped_acquire> gil_;
 };
 
 /// A class of tiered_mem.errors. Imported when needed: loading the extension mustn't load it.

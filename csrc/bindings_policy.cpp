@@ -105,8 +105,9 @@ class PythonPolicy final : public EvictionPolicy {
   }
 
   std::optional<Key> ask(const Evictable& evictable, Key incoming) {
-    const Gil gil;
-    const PolicyCall call;
+    const PluginCall call;
+    if (!call) return first(evictable);  // nobody will ask again
+    const PolicyCall inside;
     // Callers know the blocks that they told of, and may be asked for no other.
     const auto known = [&](Key key) { return nbytes_.find(key) != nullptr && evictable(key); };
     const Evictable known_and_evictable(known);
@@ -130,11 +131,20 @@ class PythonPolicy final : public EvictionPolicy {
     }
   }
 
+  std::optional<Key> first(const Evictable& evictable) const {
+    std::optional<Key> found;
+    nbytes_.each([&](Key key, std::uint64_t) {
+      if (!found && evictable(key)) found = key;
+    });
+    return found;
+  }
+
   // Calls that only tell can't fail: residency is in the midst of a change. The error waits.
   template <class... Arguments>
   void tell(const char* method, const py::object& callable, Arguments... arguments) {
-    const Gil gil;
-    const PolicyCall call;
+    const PluginCall call;
+    if (!call) return;
+    const PolicyCall inside;
     try {
       callable(arguments...);
     } catch (py::error_already_set& error) {
@@ -175,7 +185,9 @@ void register_eviction(const std::string& name, const py::object& factory) {
     try {
       return std::make_unique<PythonPolicy>(name, (*kept)());
     } catch (py::error_already_set& error) {
-      throw PolicyError("eviction policy '" + name + "' can't be made: " + error.what());
+      const std::string type = error.type().attr("__name__").cast<std::string>();
+      throw PolicyError("eviction policy '" + name + "' can't be made: " + type + ": " +
+                        py::str(error.value()).cast<std::string>());
     }
   });
 }

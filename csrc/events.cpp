@@ -32,11 +32,18 @@ std::shared_ptr<Event> Tiers::acquire(const Key* keys, std::size_t num_keys, std
   check_open();
   for (std::size_t i = 0; i < num_keys; ++i) source_of(keys[i]);
   settle_hints(event->keys_.data(), event->keys_.size(), event->stream_);
-  begin_event(*event);
+  const auto announced = announced_.find(stream);
+  if (announced == announced_.end()) begin_event(event->keys_);
   const bool goes_ahead = queue_.empty() || holders_.count(stream) > 0;
   if (!goes_ahead || try_acquire(*event) != Admission::ok) {
     if (!wait) return nullptr;
     wait_for_room(held, *event);
+  }
+  if (const auto left = announced_.find(stream); left != announced_.end()) {
+    if (left->second <= num_keys)
+      announced_.erase(left);
+    else
+      left->second -= num_keys;
   }
   event->released_ = false;
   event->memory_ = hbm_memory_;
@@ -47,10 +54,10 @@ std::shared_ptr<Event> Tiers::acquire(const Key* keys, std::size_t num_keys, std
   return event;
 }
 
-void Tiers::begin_event(const Event& event) {
-  if (event.keys_.empty()) return;
-  hbm_.policy().begin_event(partition_of(event.keys_[0]));
-  if (has_dram_) dram_.policy().begin_event(partition_of(event.keys_[0]));
+void Tiers::begin_event(const std::vector<Key>& keys) {
+  if (keys.empty()) return;
+  hbm_.policy().begin_event(partition_of(keys[0]));
+  if (has_dram_) dram_.policy().begin_event(partition_of(keys[0]));
 }
 
 // Once all is in its place: the event that the error belongs to is then released.
@@ -150,7 +157,7 @@ Admission Tiers::try_acquire(Event& event) {
   Admission admission;
   try {
     admission = hbm_.admit(wanted, Entry::demanded, victims);
-  } catch (const PolicyError&) {
+  } catch (...) {
     unpin();
     throw;
   }
@@ -283,13 +290,13 @@ void Tiers::release_orphans() {
 // own events take turns by themselves.
 bool Tiers::others_repair(const Event& event, Key key) const {
   const auto found = repairs_.find(key);
-  return found != repairs_.end() && found->second->stream_ != event.stream_;
+  return found != repairs_.end() && found->second.stream != event.stream_;
 }
 
 void Tiers::abandon_repairs(const Event* event) {
   bool any = false;
   for (auto it = repairs_.begin(); it != repairs_.end();) {
-    const bool own = it->second == event;
+    const bool own = it->second.event == event;
     any |= own;
     it = own ? repairs_.erase(it) : std::next(it);
   }
@@ -354,7 +361,7 @@ std::vector<std::uint32_t> Event::wait_any(std::vector<Failure>& failures) {
         positions.push_back(i);
       } else {
         if (tiers_->others_repair(*this, keys_[i])) continue;
-        tiers_->repairs_[keys_[i]] = this;
+        tiers_->repairs_[keys_[i]] = {this, stream_};
         failures.push_back({i, ticket->error()});
       }
       tickets_[i] = nullptr;

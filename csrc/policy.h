@@ -40,7 +40,8 @@ class EvictionPolicy {
   /// The bytes that its blocks may hold together. Said before the first insert, and at a resize;
   /// blocks that are too many then are taken by `evict`.
   virtual void set_budget(std::uint64_t) {}
-  /// An event on `partition` begins: its touches, evictions and inserts follow.
+  /// An event on `partition` begins: its touches, evictions and inserts follow, all its waves'
+  /// included. Those of other threads' events may come between.
   virtual void begin_event(Partition) {}
   /// `key` became resident. It wasn't before.
   virtual void insert(Key key, std::uint64_t nbytes) = 0;

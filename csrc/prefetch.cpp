@@ -81,6 +81,8 @@ std::vector<bool> Tiers::announce(const Key* keys, std::size_t num_keys, std::ui
   const Lock held = lock();
   check_open();
   settle_hints(keys, num_keys, stream);
+  begin_event({keys, keys + num_keys});  // once for all of its waves
+  announced_[stream] = num_keys;
   std::vector<bool> present(num_keys);
   for (std::size_t i = 0; i < num_keys; ++i) {
     const Block* block = hbm_.find(keys[i]);

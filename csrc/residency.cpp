@@ -216,7 +216,8 @@ void Residency::note_victim(const Block& block) {
 
 // Brings a slab to this size if its victims are much younger than another's.
 void Residency::balance(std::uint64_t slot_nbytes, std::vector<Victim>& victims) {
-  if (pressure_.size() + idle_.size() < 2) return;
+  const bool alone = idle_.size() < 2 && pressure_.size() < 2;
+  if (alone) return;
   Pressure& mine = pressure_[slot_nbytes];
   const std::uint64_t wait =
       std::max<std::uint64_t>(kAgeWindow, 2 * arena_.budget() / kSlabsPerArena / slot_nbytes);

@@ -212,7 +212,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   bool can_join(const Block& block);
   void join(Event& event, std::size_t position, Block& block);
   void load(Event& event, std::size_t position, Block& block);
-  void begin_event(const Event& event);
+  void begin_event(const std::vector<Key>& keys);
   void abandon_repairs(const Event* event);
   bool others_repair(const Event& event, Key key) const;
   void log(Happening happening, Key key) {
@@ -264,7 +264,12 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   std::vector<Ended> ended_;                   // transfers not yet in the accounts
   std::deque<const Event*> queue_;             // waiting for room, oldest first
   std::unordered_map<std::uint64_t, std::uint32_t> holders_;  // unreleased events by stream
-  std::unordered_map<Key, const Event*> repairs_;  // failed blocks that an event may be filling now
+  struct Repairer {
+    const Event* event;  // compared only: it may be gone
+    std::uint64_t stream;
+  };
+  std::unordered_map<Key, Repairer> repairs_;  // failed blocks that an event may be filling now
+  std::unordered_map<std::uint64_t, std::size_t> announced_;  // keys left to acquire, by stream
   HintBook hints_;
   std::uint64_t clock_ = 0;  // events and hints so far: orders prefetches
   TiersStats stats_;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import tiered_mem
 from tiered_mem import _core
 from tiered_mem.errors import RuntimeClosedError, TraceError
+from tiered_mem.policy import EvictionPolicy
 from tiered_mem.simulate import LinkSpeed, Machine, simulate
 from tiered_mem.stats import Log
 from tiered_mem.trace import Form, Phase, Trace
@@ -137,3 +138,40 @@ def test_a_replay_decides_as_the_run_did(store: Path, eviction: str, dram: int |
     assert run.num_hits == stats.num_hbm_hits > 0
     assert run.num_dram_hits == stats.num_dram_hits and (run.num_dram_hits > 0) == bool(dram)
     assert run.num_evictions == stats.num_evictions > 0
+
+
+def test_a_policy_hears_of_each_event_once(store: Path) -> None:
+    begun: list[int] = []
+
+    class Counting(EvictionPolicy):
+        name = "counting"
+
+        def __init__(self) -> None:
+            self.keys: dict[int, None] = {}
+
+        def begin_event(self, layer: int) -> None:
+            begun.append(layer)
+
+        def insert(self, key: int, nbytes: int) -> None:
+            self.keys[key] = None
+
+        def touch(self, key: int) -> None:
+            pass
+
+        def erase(self, key: int) -> None:
+            del self.keys[key]
+
+        def evict(self, evictable: Callable[[int], bool], incoming: int | None) -> int | None:
+            key = next((key for key in self.keys if evictable(key)), None)
+            if key is not None:
+                del self.keys[key]
+            return key
+
+    # Five slots: a prompt's events run in waves.
+    model = wrap(store, hbm=5 * 36864, prefetch="none", eviction=Counting)
+    try:
+        with model.tiered_mem.record(predictions=False) as recorder:
+            generate(model, prompt=9, new=4)
+    finally:
+        model.tiered_mem.close()
+    assert begun == recorder.trace().event_layer.tolist() == [*range(NUM_LAYERS)] * 4

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -242,10 +243,11 @@ def _pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
     # Forked, a child would hold locks of threads that it doesn't have.
     spawning = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_processes, spawning, _leave_interrupts_to_the_parent)
-    # The first call starts all of them. They inherit what is blocked: an interrupt on their way up
-    # is the parent's too.
+    # Each call may start a process. They inherit what is blocked: an interrupt on their way up is
+    # the parent's too.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    pool.submit(int)
+    for _ in range(num_processes):
+        pool.submit(time.sleep, 0.01)
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     try:
         yield pool
@@ -293,9 +295,13 @@ def _work(job: Job) -> dict[str, Any]:
     ).as_dict()
 
 
-@lru_cache(maxsize=1)
 def _load(path: Path) -> Trace:
-    # Jobs come trace by trace.
+    # Jobs come trace by trace. A file that was replaced since is another one.
+    return _load_as_of(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _load_as_of(path: Path, mtime_ns: int) -> Trace:
     return Trace.load(path)
 
 

@@ -2,7 +2,7 @@
 
 A trace's events go through the same tiers, residency, policies, hints and waves as a model's; only
 the links are virtual. They carry their bytes per second on a clock that goes on while events
-compute and while they wait. What is demanded overtakes what is prefetched at the next chunk, what
+compute and while they wait. What is demanded overtakes what is prefetched at the next piece, what
 leaves HBM for DRAM takes the link's other direction, and a prediction becomes a transfer only
 where the runtime would let it.
 
@@ -164,6 +164,8 @@ def simulate(
     run.num_accesses = trace.num_accesses
     run.nbytes_accessed = int(trace.nbytes.sum())
     if trace.header.form is Form.PREFIX:
+        if on_log is not None:
+            raise ConfigError(f"{trace.name} is a trace of prefixes: its runs keep no log")
         _run_prefixes(trace, run, machine)
     else:
         _EventRun(trace, run, machine, predictor, on_log).go()
@@ -176,6 +178,11 @@ def simulate(
 def resolve_simulated(trace: Trace, eviction: str | type[EvictionPolicy], dram: int = 0) -> str:
     """Return a policy's name as the core knows it. Raises `ConfigError` if it can't run here."""
     if eviction == "belady":
+        if trace.header.form is Form.PREFIX:
+            raise ConfigError(
+                f"{trace.name} is a trace of prefixes: eviction='belady' doesn't run there; its "
+                "misses are among the bounds"
+            )
         if dram:
             raise ConfigError("eviction='belady' knows the future of one tier: leave dram at 0")
         return "belady"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -17,6 +18,20 @@ from .base import Floats, ModelInfo, Predictor, Route
 
 FORMAT = 1
 EPSILON = 1e-6
+
+
+# What numpy and zipfile raise on files that hold no head, by measure.
+_NOT_A_HEAD = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class Head(NamedTuple):
@@ -66,7 +81,7 @@ class Head(NamedTuple):
                 return cls._of(dict(file))
         except FileNotFoundError:
             raise ConfigError(f"there is no head {path}: tiered-mem train-head makes one") from None
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except _NOT_A_HEAD as error:
             raise ConfigError(
                 f"{path} is no head ({error}): make one with tiered-mem train-head"
             ) from error
