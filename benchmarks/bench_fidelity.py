@@ -1,9 +1,10 @@
 """How well the simulator foretells a run: the stall of a decoding model, and every decision.
 
-A wrapped model reads text token by token from a cold start, over an NVMe link that is slowed down
-to a known rate. Its trace, recorded on the way, is replayed on a virtual link of that rate, and of
-the latency that lone reads on the same machine show just before (a median of 100), with the
-same policy and budgets. Compared are the stall of both, and their hits, misses and evictions.
+A wrapped model (random weights, experts of 1.8 MB) reads random tokens one by one from a cold
+start, over an NVMe link that is slowed down to a known rate. Its trace, recorded on the way, is
+replayed on a virtual link of that rate, and of the latency that lone reads on the same machine show
+just before (a median of 40), with the same policy and budgets. Compared are the stall of both, and
+their hits, misses and evictions.
 
     python benchmarks/bench_fidelity.py [--smoke]
 """
@@ -12,46 +13,48 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import common
 import numpy as np
 import torch
+from random_model import SHAPES, default_work_dir, random_model, random_tokens
 from transformers.utils import logging
 
 import tiered_mem
 from tiered_mem.simulate import LinkSpeed, Machine, simulate
 from tiered_mem.stats import Log
 
-HERE = Path(__file__).parent
-MODEL = HERE / "models" / "tiny-moe"
-TEXT = HERE / "traces" / "tempest.txt"
-POLICIES = ("lru", "arc", "lfu")
+POLICIES = ("lru", "adaptive")
 BUDGET = "25%"
-RATES = (50e6, 200e6)  # bytes/s: slower than any disk, so that the rate is what it says
-NUM_PROBES = 100
+RATES = (300e6, 600e6)  # bytes/s: below what the disk can do, so that the rate is what it says
+NUM_PROBES = 40
 
 
 def main() -> None:
     parser = common.parser(__doc__.splitlines()[0], "fidelity")
     parser.add_argument("--rounds", type=int, help="default 5, or 1 with --smoke")
-    parser.add_argument("--tokens", type=int, help="default 200, or 12 with --smoke")
+    parser.add_argument("--tokens", type=int, help="default 12, also with --smoke")
     options = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     num_rounds = options.rounds or (1 if options.smoke else 5)
-    num_tokens = options.tokens or (12 if options.smoke else 200)
+    num_tokens = options.tokens or 12
     rates = RATES[:1] if options.smoke else RATES
     cases = [(policy, rate) for policy in POLICIES for rate in rates]
-    ids = tokens_of_text(num_tokens)
-    with TemporaryDirectory(dir=options.dir) as folder, common.OtherLoad() as load:
+    shape = SHAPES["smoke" if options.smoke else "full"]
+    work_dir = options.dir or default_work_dir()
+    model = random_model(shape, work_dir)
+    store = work_dir / f"{shape.name}-files" / "fidelity"
+    store.mkdir(parents=True, exist_ok=True)
+    ids = torch.tensor([random_tokens(shape, num_tokens, seed=0)])
+    with common.OtherLoad() as load:
         rounds = [
-            {"round": number, **measure(Path(folder), policy, rate, ids)}
+            {"round": number, **measure(model, store, policy, rate, ids)}
             for number in range(num_rounds)
             for policy, rate in cases
         ]
-        machine = common.machine(folder)
+        machine = common.machine(work_dir)
     summary = [summarise(policy, rate, rounds) for policy, rate in cases]
     common.print_table(
         [list(line.values()) for line in summary], [name.replace("_", " ") for name in summary[0]]
@@ -60,26 +63,18 @@ def main() -> None:
         options,
         {
             "machine": machine | {"other_cpus": load.cpus},
-            "settings": {"model": MODEL.name, "num_tokens": num_tokens, "hbm": BUDGET},
+            "settings": {"model": vars(shape), "num_tokens": num_tokens, "hbm": BUDGET},
             "summary": summary,
             "rounds": rounds,
         },
     )
 
 
-def tokens_of_text(num_tokens: int) -> torch.Tensor:
-    from transformers import AutoTokenizer
-
-    text = TEXT.read_text()[: 8 * num_tokens]
-    ids: torch.Tensor = AutoTokenizer.from_pretrained(MODEL)(text, return_tensors="pt")["input_ids"]
-    return ids[:, :num_tokens]
-
-
-def measure(folder: Path, policy: str, rate: float, ids: torch.Tensor) -> dict[str, Any]:
+def measure(path: Path, store: Path, policy: str, rate: float, ids: torch.Tensor) -> dict[str, Any]:
     """Run and replay once; seconds, bytes/s, counts."""
-    latency = probe(folder, rate)
+    latency = probe(path, store, rate)
     model = tiered_mem.from_pretrained(
-        MODEL, hbm=BUDGET, dram=0, nvme=folder, eviction=policy, prefetch="none"
+        path, hbm=BUDGET, dram=0, nvme=store, eviction=policy, prefetch="none"
     )
     handle = model.tiered_mem
     try:
@@ -111,9 +106,9 @@ def measure(folder: Path, policy: str, rate: float, ids: torch.Tensor) -> dict[s
     }
 
 
-def probe(folder: Path, rate: float) -> float:
+def probe(path: Path, store: Path, rate: float) -> float:
     """Return what a lone read takes beyond its bytes' time at this rate, a median in seconds."""
-    model = tiered_mem.from_pretrained(MODEL, hbm="100%", dram=0, nvme=folder, prefetch="none")
+    model = tiered_mem.from_pretrained(path, hbm="100%", dram=0, nvme=store, prefetch="none")
     handle = model.tiered_mem
     try:
         handle.runtime.throttle("nvme_to_hbm", rate)
