@@ -113,8 +113,9 @@ def probe(path: Path, store: Path, rate: float) -> float:
     try:
         handle.runtime.throttle("nvme_to_hbm", rate)
         extra = []
-        for number in range(NUM_PROBES):
-            layer, index = divmod(number, handle.layouts[0].num_experts)
+        experts = [range(layout.num_experts) for layout in handle.layouts]
+        every = [(layer, index) for layer, indices in enumerate(experts) for index in indices]
+        for layer, index in every[:NUM_PROBES]:
             before = handle.stats()
             with handle.experts[layer].space.begin(layer, [index]) as reading:
                 for _ in reading:
