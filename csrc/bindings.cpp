@@ -74,6 +74,8 @@ namespace {
 // The class of tiered_mem.errors that stands for an error of the core.
 const char* error_name(const Error& error) {
   if (dynamic_cast<const IoError*>(&error)) return "TransferError";
+  if (dynamic_cast<const TransferError*>(&error)) return "TransferError";
+  if (dynamic_cast<const DeviceError*>(&error)) return "DeviceError";
   if (dynamic_cast<const ChecksumMismatch*>(&error)) return "ChecksumError";
   if (dynamic_cast<const StoreError*>(&error)) return "StoreError";
   if (dynamic_cast<const RuntimeClosed*>(&error)) return "RuntimeClosedError";

@@ -51,12 +51,17 @@ class HostDevice final : public Device {
   std::shared_ptr<Memory> allocate(std::uint64_t nbytes) override {
     return std::make_shared<HostMemory>(nbytes);
   }
-  bool host_accessible() const override { return true; }
-  Mark copy_async(std::byte* target, const std::byte* source, std::uint64_t nbytes) override {
-    std::memcpy(target, source, nbytes);
-    return 0;
+  std::shared_ptr<Memory> allocate_staging(std::uint64_t nbytes) override {
+    return allocate(nbytes);
   }
-  void wait(Mark) override {}
+  bool host_accessible() const override { return true; }
+  MarkPtr copy_async(Direction, const std::vector<Copy>& copies,
+                     const std::vector<MarkPtr>&) override {
+    for (const Copy& copy : copies) std::memcpy(copy.target, copy.source, copy.nbytes);
+    return nullptr;
+  }
+  bool reached(const MarkPtr&) override { return true; }
+  void wait(const MarkPtr&) override {}
 };
 
 }  // namespace

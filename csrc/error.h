@@ -32,6 +32,15 @@ struct StoreError : Error {
   using Error::Error;
 };
 
+// A device, its driver or a kernel image that can't be used.
+struct DeviceError : Error {
+  using Error::Error;
+};
+// A copy that failed. TransferError in Python.
+struct TransferError : Error {
+  using Error::Error;
+};
+
 // The device or the file reported an error, or ended early. Translated to TransferError.
 struct IoError : Error {
   IoError(int error_number, const std::string& path, uint64_t offset, const std::string& what)

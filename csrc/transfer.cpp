@@ -283,8 +283,9 @@ void TransferEngine::move(const Claim& claim, Scratch& scratch) {
   if (transfer.fed_by && transfer.fed_by->status() != Transfer::Status::done)
     throw Error("the block was to be copied from a copy that didn't arrive");
   const std::uint64_t first = claim.chunk * kChunk + claim.first;
-  device_->wait(
-      device_->copy_async(transfer.target + first, transfer.source + first, claim.nbytes));
+  const Direction direction = transfer.link == Link::hbm_to_dram ? Direction::out : Direction::in;
+  device_->wait(device_->copy_async(
+      direction, {{transfer.target + first, transfer.source + first, claim.nbytes}}, {}));
 }
 
 // Whoever brings the last piece of a chunk of a file compares its checksum. Gives the lock up for

@@ -56,6 +56,10 @@ class ChecksumError(StoreError):
     """Stored bytes don't match their checksum."""
 
 
+class DeviceError(TieredMemError):
+    """A GPU, its driver or a kernel image that can't be used."""
+
+
 class TransferError(TieredMemError):
     """A transfer failed: the device or file reported an I/O error."""
 
