@@ -78,6 +78,11 @@ def test_transfers_keep_their_order(build: Build) -> None:
 
 
 @pytest.mark.slow
+def test_a_device_on_a_queue(build: Build) -> None:
+    assert run([str(build.program("device_queue"))]).stdout == "ok\n"
+
+
+@pytest.mark.slow
 def test_stress(build: Build, tmp_path: Path) -> None:
     # Threads with events, hints, failures and repairs; shrinks, throttles, cancels; close amid all.
     program = build.program("stress")
