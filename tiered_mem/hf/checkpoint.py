@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from tiered_mem.errors import CheckpointError, UnsupportedModelError
 from tiered_mem.hf.detect import require_experts
-from tiered_mem.hf.layout import ExpertLayout, num_experts, per_expert_tensors
+from tiered_mem.hf.expert_layer import ExpertLayer
+from tiered_mem.hf.layout import ExpertLayout, per_expert_tensors
 from tiered_mem.hf.loading import Loading, default_model_class, intercept_loading, load_config
 from tiered_mem.hf.recipe import Recipe, group_keys
 from tiered_mem.hf.tensor_file import TensorFile, TensorInfo
@@ -30,8 +31,11 @@ class Checkpoint:
     is checked on opening: files, sizes, names, shapes, dtypes.
     """
 
-    def __init__(self, loading: Loading) -> None:
+    def __init__(self, loading: Loading, *, keep_stored: bool = True) -> None:
         """Take over what transformers resolved for a load. Reads file headers only.
+
+        Experts that transformers dequantises as it loads them stay quantised in their blocks and
+        are dequantised when used (`ExpertLayout.weights`), unless `keep_stored` is false.
 
         Raises:
             UnsupportedModelError: no experts, or experts outside transformers' experts interface.
@@ -51,16 +55,20 @@ class Checkpoint:
         self._quantizer = loading.config.hf_quantizer
         recipes = {t: r for r in group_keys(loading, infos).values() for t in r.targets}
 
-        self._layers: list[_Layer] = []
+        self._layers: list[ExpertLayer] = []
         self.names: list[str] = []
         self.layer_of: dict[str, int] = {}
         for name, module, _ in experts:
             root = _weights_of(name, module, loading.model, recipes)
             if root not in self.names:
                 self.names.append(root)
-                self._layers.append(_Layer(root, loading.model.get_submodule(root), recipes))
+                self._layers.append(ExpertLayer(root, loading.model.get_submodule(root), recipes))
             self.layer_of[name] = self.names.index(root)
-        self.layouts = [x.lay_out(infos, self.config, self._quantizer) for x in self._layers]
+        self.keeps_stored = keep_stored
+        self.layouts = [
+            layer.lay_out(infos, self.config, self._quantizer, keep_stored)
+            for layer in self._layers
+        ]
         self.expert_keys = frozenset(
             key for layer in self._layers for recipe in layer.recipes for key in recipe.keys
         )
@@ -192,7 +200,7 @@ class Checkpoint:
 class LayerReader:
     """Reads experts of one layer. Made by `Checkpoint.reader`."""
 
-    def __init__(self, checkpoint: Checkpoint, layer: _Layer, layout: ExpertLayout) -> None:
+    def __init__(self, checkpoint: Checkpoint, layer: ExpertLayer, layout: ExpertLayout) -> None:
         self._checkpoint, self._layer, self._layout = checkpoint, layer, layout
         self._whole: dict[str, torch.Tensor] = {}
 
@@ -203,12 +211,12 @@ class LayerReader:
         views = self._layout.views(out)
         self._layout.clear_padding(out)
         for recipe in self._layer.recipes:
-            for target, tensor in self._make(recipe, index).items():
-                view = views.get(self._layer.field(target))
+            for name, tensor in self._fields(recipe, index).items():
+                view = views.get(name)
                 if view is not None:
                     if tensor.shape != view.shape or tensor.dtype != view.dtype:
                         raise CheckpointError(
-                            f"{target} of expert {index} became {tensor.dtype} "
+                            f"{name} of expert {index} of {self._layer.name} became {tensor.dtype} "
                             f"{list(tensor.shape)}, not {view.dtype} {list(view.shape)}"
                         )
                     view.copy_(tensor)
@@ -217,70 +225,18 @@ class LayerReader:
         """Let go of a layer that was converted whole."""
         self._whole.clear()
 
-    def _make(self, recipe: Recipe, index: int) -> dict[str, torch.Tensor]:
-        read, config = self._checkpoint._read, self._checkpoint.config
+    def _fields(self, recipe: Recipe, index: int) -> dict[str, torch.Tensor]:
+        """What the recipe gives to a block: the file's tensors, or the parameters they make."""
+        layer, read, config = self._layer, self._checkpoint._read, self._checkpoint.config
         quantizer = self._checkpoint._quantizer
+        if recipe.target in layer.kept:
+            return recipe.read_one(index, read)
         if recipe.by_expert:
-            made = recipe.make_one(index, read, self._layer.one, config, quantizer)
-            return {target: tensor[0] for target, tensor in made.items()}
+            made = recipe.make_one(index, read, layer.one, config, quantizer)
+            return {layer.field(target): tensor[0] for target, tensor in made.items()}
         if recipe.target not in self._whole:
-            self._whole |= recipe.make(read, self._layer.all, config, quantizer)
-        return {t: self._whole[t][index] for t in recipe.targets if self._layer.field(t)}
-
-
-class _Layer:
-    """The recipes of one Experts module, and meta models that declare its parameters."""
-
-    def __init__(self, name: str, module: nn.Module, recipes: dict[str, Recipe]) -> None:
-        self.name = name
-        self.num_experts = num_experts(module)
-        self._declared = {f"{name}.{p}": t for p, t in per_expert_tensors(module).items()}
-        for target in self._declared:
-            if target not in recipes:
-                raise CheckpointError(
-                    f"the checkpoint has no tensor for {target}; it is incomplete or was saved by "
-                    "another architecture"
-                )
-        self.recipes = list({id(r): r for r in (recipes[t] for t in self._declared)}.values())
-        self.all = _skeleton({t: x.to("meta") for t, x in self._declared.items()})
-        self.one = _skeleton({t: x[:1].to("meta") for t, x in self._declared.items()})
-
-    def field(self, target: str) -> str:
-        """The layout's name of a parameter, or "" if it belongs to another module."""
-        return target.removeprefix(self.name + ".") if target in self._declared else ""
-
-    def lay_out(self, infos: dict[str, TensorInfo], config: Any, quantizer: Any) -> ExpertLayout:
-        """Run the recipes on meta tensors: the layout, or `CheckpointError` for a wrong shape."""
-
-        def read(key: str, begin: int, end: int | None) -> torch.Tensor:
-            tensor = torch.empty(infos[key].shape, dtype=infos[key].dtype, device="meta")
-            return tensor if end is None else tensor[begin:end]
-
-        made: dict[str, torch.Tensor] = {}
-        for recipe in self.recipes:
-            recipe.check(self.num_experts, infos)
-            try:
-                if recipe.by_expert:
-                    made |= recipe.make_one(0, read, self.one, config, quantizer)
-                else:
-                    made |= recipe.make(read, self.all, config, quantizer)
-            except (RuntimeError, ValueError, IndexError, KeyError) as error:
-                shapes = {key: list(infos[key].shape) for key in recipe.keys[:4]}
-                raise CheckpointError(
-                    f"the tensors of {recipe.target} can't be converted ({error}); "
-                    f"the file has {shapes}"
-                ) from error
-        fields = {}
-        for target, declared in self._declared.items():
-            tensor = made.get(target)
-            shape = None if tensor is None else tuple(tensor.shape[1:])
-            if tensor is None or shape != tuple(declared.shape[1:]):
-                raise CheckpointError(
-                    f"one expert's {target} has shape {list(shape or ())} in the checkpoint, "
-                    f"{list(declared.shape[1:])} in the model; the config isn't this checkpoint's"
-                )
-            fields[self.field(target)] = (shape, tensor.dtype)
-        return ExpertLayout.build(self.num_experts, fields)
+            self._whole |= recipe.make(read, layer.all, config, quantizer)
+        return {layer.field(t): self._whole[t][index] for t in recipe.targets if layer.field(t)}
 
 
 def _weights_of(
@@ -370,17 +326,3 @@ def _check_index(loading: Loading, infos: dict[str, TensorInfo]) -> None:
             f"{len(missing)} tensors its files don't hold ({missing[0]}, ...); "
             "the checkpoint is incomplete, fetch it again"
         )
-
-
-def _skeleton(parameters: dict[str, torch.Tensor]) -> nn.Module:
-    """A module tree that has only these parameters, by their dotted names."""
-    root = nn.Module()
-    for name, tensor in parameters.items():
-        *path, leaf = name.split(".")
-        module = root
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module._modules[part]  # type: ignore[assignment]
-        module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-    return root

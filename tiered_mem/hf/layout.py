@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from tiered_mem.catalogue import ALIGNMENT, round_up
 # Cache-line and vector friendly, and a multiple of every element size, so that a view of a
 # block (which itself starts 4096-aligned) is always aligned for its dtype.
 FIELD_ALIGNMENT = 64
+
+Views = dict[str, torch.Tensor]
 
 
 class Field(NamedTuple):
@@ -35,24 +38,31 @@ class ExpertLayout:
     """The tensors of one expert, one after another in a block of `nbytes` bytes.
 
     All experts of one module share a layout. Each field lies in the memory order the transformers
-    Experts module expects, so at run time a view of the block *is* the weight.
+    Experts module expects, so at run time a view of the block *is* the weight. Not so where the
+    block is `quantised`: then `weights` makes the weights out of the views, anew for each use.
     """
 
     num_experts: int
     fields: tuple[Field, ...]
+    dequantise: Callable[[Views], Views] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     @classmethod
     def build(
-        cls, num_experts: int, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+        cls,
+        num_experts: int,
+        tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        dequantise: Callable[[Views], Views] | None = None,
     ) -> ExpertLayout:
         """Lay out `tensors`, a map from name to (shape of one expert, dtype), in that order."""
         fields = []
         offset = 0
         for name, (shape, dtype) in tensors.items():
-            field = Field(name, tuple(shape), dtype, offset)
-            fields.append(field)
-            offset += round_up(field.nbytes, FIELD_ALIGNMENT)
-        return cls(num_experts, tuple(fields))
+            placed = Field(name, tuple(shape), dtype, offset)
+            fields.append(placed)
+            offset += round_up(placed.nbytes, FIELD_ALIGNMENT)
+        return cls(num_experts, tuple(fields), dequantise)
 
     @classmethod
     def of_module(cls, module: nn.Module) -> ExpertLayout:
@@ -76,7 +86,7 @@ class ExpertLayout:
         """Element size of the largest field: what a codec that splits byte planes goes by."""
         return max(self.fields, key=lambda field: field.nbytes).dtype.itemsize
 
-    def views(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
+    def views(self, block: torch.Tensor) -> Views:
         """Return each field as a view into `block`, uint8 [>= nbytes]. No byte is copied."""
         if block.dtype != torch.uint8 or block.dim() != 1 or block.numel() < self.nbytes:
             raise ValueError(
@@ -89,6 +99,18 @@ class ExpertLayout:
             .view(field.shape)
             for field in self.fields
         }
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the block's fields have to be converted to be weights."""
+        return self.dequantise is not None
+
+    def weights(self, views: Views) -> Views:
+        """Return the parameters of the expert whose block has these `views`, by name.
+
+        They are the views themselves, or, of a quantised block, new tensors on the same device.
+        """
+        return views if self.dequantise is None else self.dequantise(views)
 
     def clear_padding(self, block: torch.Tensor) -> None:
         """Zero the bytes between fields, so that equal experts make equal blocks."""

@@ -111,12 +111,29 @@ class Recipe:
         Only where `by_expert` holds; `model` must then declare parameters of shape [1, ...].
         """
         tensors = {}
-        for pattern, keys in self.sources.items():
-            if len(keys) > 1:
-                tensors[pattern] = [self._cast(keys[index], read(keys[index], 0, None))]
-            else:
-                tensors[pattern] = [self._cast(keys[0], read(keys[0], index, index + 1))]
-        return self._convert(tensors, model, config, quantizer)
+        for pattern, tensor in self.read_one(index, read).items():
+            keys = self.sources[pattern]
+            tensors[pattern] = self._cast(keys[index if len(keys) > 1 else 0], tensor)
+        return self.convert_one(tensors, model, config, quantizer)
+
+    def read_one(self, index: int, read: Reader) -> dict[str, torch.Tensor]:
+        """Read one expert's tensors as the file has them, by source pattern.
+
+        Of a tensor of all experts, its row. Only where `by_expert` holds.
+        """
+        return {
+            pattern: read(keys[index], 0, None)
+            if len(keys) > 1
+            else read(keys[0], index, index + 1)[0]
+            for pattern, keys in self.sources.items()
+        }
+
+    def convert_one(
+        self, tensors: Mapping[str, torch.Tensor], model: nn.Module, config: Any, quantizer: Any
+    ) -> dict[str, Any]:
+        """Make one expert's parameters, [1, ...], from what `read_one` returns."""
+        lists = {p: [t if len(self.sources[p]) > 1 else t[None]] for p, t in tensors.items()}
+        return self._convert(lists, model, config, quantizer)
 
     def _cast(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         dtype = self.dtypes[key]
