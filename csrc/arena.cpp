@@ -8,10 +8,48 @@
 
 namespace tiered_mem {
 
-Arena::Arena(std::uint64_t budget, std::uint64_t reserved)
-    : budget_(budget), reserved_(round_to_pages(std::max(budget, reserved))) {
-  if (reserved_ < budget) throw BudgetError("a budget of that many bytes can't be addressed");
-  holes_[0] = reserved_;
+Arena::Arena(std::uint64_t budget, std::uint64_t reserved) : budget_(budget) {
+  const std::uint64_t nbytes = round_to_pages(std::max(budget, reserved));
+  if (nbytes < budget) throw BudgetError("a budget of that many bytes can't be addressed");
+  if (nbytes > 0) add_range(0, nbytes);
+}
+
+Arena Arena::of_ranges(std::uint64_t budget) {
+  Arena arena(0, 0);
+  arena.budget_ = budget;
+  return arena;
+}
+
+void Arena::add_range(Slot first, std::uint64_t nbytes) {
+  if (first % kPage != 0 || nbytes % kPage != 0 || nbytes == 0)
+    throw ConfigError("a range of memory has whole pages of " + std::to_string(kPage) + " bytes");
+  const auto after = ranges_.lower_bound(first);
+  const bool overlaps =
+      (after != ranges_.end() && first + nbytes > after->first) ||
+      (after != ranges_.begin() && std::prev(after)->first + std::prev(after)->second > first);
+  if (overlaps) throw ConfigError("a range of memory overlaps one that the arena has already");
+  ranges_[first] = nbytes;
+  holes_[first] = nbytes;
+  reserved_ += nbytes;
+}
+
+std::optional<Slot> Arena::take_idle_range() {
+  for (auto range = ranges_.rbegin(); range != ranges_.rend(); ++range) {
+    const auto [first, nbytes] = *range;
+    const auto hole = holes_.find(first);
+    if (hole == holes_.end() || hole->second != nbytes || reserved_ - nbytes < budget_) continue;
+    holes_.erase(hole);
+    ranges_.erase(first);
+    reserved_ -= nbytes;
+    return first;
+  }
+  return std::nullopt;
+}
+
+std::uint64_t Arena::max_slots(std::uint64_t slot_nbytes) const {
+  std::uint64_t num_slots = 0;
+  for (const auto& [first, nbytes] : ranges_) num_slots += nbytes / slot_nbytes;
+  return std::min(num_slots, budget_ / slot_nbytes);
 }
 
 std::optional<Slot> Arena::take(std::uint64_t slot_nbytes, std::uint64_t max_new) {
@@ -71,12 +109,13 @@ void Arena::release_slab(std::uint64_t slab_offset) {
 
   // Merge with the holes on both sides, so that a larger class can use the space.
   auto hole = holes_.emplace(slab.offset, slab.nbytes()).first;
-  if (const auto after = std::next(hole);
-      after != holes_.end() && hole->first + hole->second == after->first) {
+  if (const auto after = std::next(hole); after != holes_.end() &&
+                                          hole->first + hole->second == after->first &&
+                                          ranges_.count(after->first) == 0) {
     hole->second += after->second;
     holes_.erase(after);
   }
-  if (hole == holes_.begin()) return;
+  if (hole == holes_.begin() || ranges_.count(hole->first) > 0) return;
   const auto before = std::prev(hole);
   if (before->first + before->second != hole->first) return;
   before->second += hole->second;

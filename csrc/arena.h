@@ -38,8 +38,18 @@ class Arena {
     std::uint64_t nbytes() const { return slot_nbytes * num_slots; }
   };
 
-  /// `reserved` bounds what `set_budget` may ever ask for.
+  /// One range of `reserved` bytes from offset 0, which bounds what `set_budget` may ever ask for.
   Arena(std::uint64_t budget, std::uint64_t reserved);
+  /// Without memory until `add_range` tells of some.
+  static Arena of_ranges(std::uint64_t budget);
+
+  /// More memory, whose first byte is a slot's offset `first`. No slab crosses from one range to
+  /// another, so each can be given back alone. Throws ConfigError if it overlaps another or isn't
+  /// of whole pages.
+  void add_range(Slot first, std::uint64_t nbytes);
+  /// Takes out a range that no slab lies in and that the budget doesn't need; nothing if there is
+  /// none. Returns its offset.
+  std::optional<Slot> take_idle_range();
 
   /// A free slot of this size class (`slot_nbytes` is a multiple of kPage), cutting a new slab of
   /// at most `max_new` slots if need be; nothing if the budget is used up.
@@ -47,7 +57,7 @@ class Arena {
   void give(Slot slot);
 
   /// The most slots of this class that an otherwise empty arena holds.
-  std::uint64_t max_slots(std::uint64_t slot_nbytes) const { return budget_ / slot_nbytes; }
+  std::uint64_t max_slots(std::uint64_t slot_nbytes) const;
 
   /// Gives the space of a slab without used slots back, for any size class.
   void release_slab(std::uint64_t slab_offset);
@@ -56,6 +66,7 @@ class Arena {
   const std::map<std::uint64_t, Slab>& slabs() const { return slabs_; }
 
   std::uint64_t budget() const { return budget_; }
+  /// Bytes of all ranges.
   std::uint64_t reserved() const { return reserved_; }
   /// Bytes cut into slabs. Above the budget only between a shrink and the release of slabs.
   std::uint64_t nbytes_cut() const { return nbytes_cut_; }
@@ -68,11 +79,12 @@ class Arena {
   const Slab* carve(std::uint64_t slot_nbytes, std::uint64_t num_slots);
 
   std::uint64_t budget_;
-  std::uint64_t reserved_;
+  std::uint64_t reserved_ = 0;
+  std::map<std::uint64_t, std::uint64_t> ranges_;  // offset -> nbytes
   std::uint64_t nbytes_cut_ = 0;
   std::uint64_t nbytes_used_ = 0;
   std::map<std::uint64_t, Slab> slabs_;                    // by offset
-  std::map<std::uint64_t, std::uint64_t> holes_;           // offset -> nbytes, never adjacent
+  std::map<std::uint64_t, std::uint64_t> holes_;           // offset -> nbytes, inside a range
   std::map<std::uint64_t, std::vector<Slot>> free_slots_;  // by slot_nbytes
 };
 

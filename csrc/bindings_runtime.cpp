@@ -35,12 +35,38 @@ void hint(Tiers& tiers, const KeyArray& keys, uint64_t stream, bool exact) {
   tiers.hint(data, num_keys, stream, exact);
 }
 
-py::tuple wait_any(Event& event) {
+// A device's memory that a Python object holds.
+class HeldMemory final : public Memory {
+ public:
+  HeldMemory(uint64_t address, uint64_t nbytes, py::object owner)
+      : address_(address), nbytes_(nbytes), owner_(new py::object(std::move(owner))) {}
+  ~HeldMemory() override {
+    const PluginCall python;
+    if (python) delete owner_;  // else the interpreter is gone, and the memory with it
+  }
+  std::byte* data() const override {
+    return reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(address_));
+  }
+  uint64_t nbytes() const override { return nbytes_; }
+
+ private:
+  uint64_t address_, nbytes_;
+  py::object* owner_;
+};
+
+void add_segment(Tiers& tiers, uint64_t address, uint64_t nbytes, py::object owner) {
+  auto segment = std::make_shared<HeldMemory>(address, nbytes, std::move(owner));
+  NoGil release;
+  tiers.add_segment(std::move(segment));
+  segment.reset();
+}
+
+py::tuple wait_any(Event& event, Compute compute) {
   std::vector<Event::Failure> failures;
   std::vector<uint32_t> positions;
   {
     NoGil release;
-    positions = event.wait_any(failures);
+    positions = event.wait_any(failures, compute);
   }
   py::list failed;
   for (const Event::Failure& failure : failures)
@@ -134,7 +160,8 @@ py::tuple take_log(Tiers& tiers) {
 std::shared_ptr<Tiers> make_tiers(uint64_t hbm, uint64_t dram, uint64_t hbm_reserved,
                                   uint64_t dram_reserved, const std::string& eviction,
                                   size_t num_io_threads, const py::object& virtual_links,
-                                  const std::optional<KeyArray>& future) {
+                                  const std::optional<KeyArray>& future,
+                                  std::shared_ptr<Device> device, double watchdog_seconds) {
   TiersConfig config;
   config.hbm_nbytes = hbm;
   config.dram_nbytes = dram;
@@ -142,6 +169,8 @@ std::shared_ptr<Tiers> make_tiers(uint64_t hbm, uint64_t dram, uint64_t hbm_rese
   config.dram_reserved = dram_reserved;
   config.eviction = eviction;
   config.num_io_threads = num_io_threads;
+  config.watchdog_seconds = watchdog_seconds;
+  if (!device) device = make_host_device();
   if (future) config.future = to_vector(*future);
   if (!virtual_links.is_none()) config.virtual_links = to_link_speeds(virtual_links);
   // The last owner may be Python: closing waits for I/O, which others needn't wait for.
@@ -150,7 +179,7 @@ std::shared_ptr<Tiers> make_tiers(uint64_t hbm, uint64_t dram, uint64_t hbm_rese
     if (PyGILState_Check()) release.emplace();
     Tiers::destroy(tiers);
   };
-  return std::shared_ptr<Tiers>(new Tiers(config, make_host_device(), raise_on_signal), destroy);
+  return std::shared_ptr<Tiers>(new Tiers(config, std::move(device), raise_on_signal), destroy);
 }
 
 }  // namespace
@@ -166,16 +195,17 @@ void bind_runtime(py::module_& m) {
 
   py::class_<Event, std::shared_ptr<Event>>(m, "Event", "A layer step's keys, pinned in HBM.")
       .def_property_readonly("slots", &Event::slots, "Byte offsets in HBM, by position.")
-      .def("wait_any", &wait_any,
+      .def("wait_any", &wait_any, py::arg("compute") = 0,
            "(positions newly in place, [(position, error)]): waits until there is one.")
       .def("repaired", &Event::repaired, py::arg("position"), Released())
-      .def("release", &Event::release, Released());
+      .def("release", &Event::release, py::arg("compute") = 0, Released());
 
   py::class_<Tiers, std::shared_ptr<Tiers>>(m, "Tiers", "HBM, DRAM and the links to the store.")
       .def(py::init(&make_tiers), py::kw_only(), py::arg("hbm"), py::arg("dram"),
            py::arg("hbm_reserved") = 0, py::arg("dram_reserved") = 0, py::arg("eviction") = "lru",
            py::arg("num_io_threads") = 4, py::arg("virtual_links") = py::none(),
-           py::arg("future") = py::none())
+           py::arg("future") = py::none(), py::arg("device") = std::shared_ptr<Device>(),
+           py::arg("watchdog_seconds") = 60.0)
       .def(
           "add_blocks",
           [](Tiers& tiers, const KeyArray& keys,
@@ -189,6 +219,26 @@ void bind_runtime(py::module_& m) {
       .def("add_virtual_blocks", &add_virtual_blocks, py::arg("keys"), py::arg("nbytes"))
       .def("remove_space", &Tiers::remove_space, py::arg("space"), Released())
       .def("acquire", &acquire, py::arg("keys"), py::arg("stream") = 0, py::arg("wait") = true)
+      .def("add_segment", &add_segment, py::arg("address"), py::arg("nbytes"), py::arg("owner"),
+           "Memory of the device for HBM, held by `owner` until it is given back.")
+      .def(
+          "acquire_resident",
+          [](Tiers& tiers, const KeyArray& keys, uint64_t stream) {
+            const Key* data = keys.data();
+            const auto num_keys = static_cast<size_t>(keys.size());
+            NoGil release;
+            return tiers.acquire_resident(data, num_keys, stream);
+          },
+          py::arg("keys"), py::arg("stream") = 0)
+      .def(
+          "note_uses",
+          [](Tiers& tiers, const KeyArray& keys) {
+            const Key* data = keys.data();
+            const auto num_keys = static_cast<size_t>(keys.size());
+            NoGil release;
+            tiers.note_uses(data, num_keys);
+          },
+          py::arg("keys"))
       .def("hint", &hint, py::arg("keys"), py::arg("stream") = 0, py::arg("exact") = false)
       .def(
           "announce",
@@ -212,6 +262,7 @@ void bind_runtime(py::module_& m) {
       .def("max_event", &Tiers::max_event, py::arg("nbytes"), Released())
       .def("resize_hbm", &Tiers::resize_hbm, py::arg("nbytes"), Released())
       .def("resize_dram", &Tiers::resize_dram, py::arg("nbytes"), Released())
+      .def("pin_dram", &Tiers::pin_dram, py::arg("nbytes"), Released())
       .def(
           "throttle",
           [](Tiers& tiers, const std::string& link, double bytes_per_second) {

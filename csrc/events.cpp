@@ -50,8 +50,46 @@ std::shared_ptr<Event> Tiers::acquire(const Key* keys, std::size_t num_keys, std
   ++holders_[stream];
   ++clock_;
   ++stats_.num_events;
+  engine_.pump();
+  changed_.notify_all();  // others may wait for what this has raised or started
   rethrow_policy_errors();
   return event;
+}
+
+std::shared_ptr<Event> Tiers::acquire_resident(const Key* keys, std::size_t num_keys,
+                                               std::uint64_t stream) {
+  const Lock held = lock();
+  check_open();
+  auto event = std::make_shared<Event>(shared_from_this(), keys, num_keys, stream);
+  for (std::size_t i = 0; i < num_keys; ++i) {
+    const Block* block = hbm_.find(keys[i]);
+    if (block == nullptr || block->state != State::ready) return nullptr;
+    event->slots_.push_back(block->slot);
+    event->ready_.push_back(static_cast<std::uint32_t>(i));
+  }
+  for (std::size_t i = 0; i < num_keys; ++i) hbm_.pin(*hbm_.find(keys[i]));
+  event->tickets_.resize(num_keys);
+  event->released_ = false;
+  event->memory_ = hbm_memory_;
+  ++holders_[stream];
+  return event;
+}
+
+void Tiers::note_uses(const Key* keys, std::size_t num_keys) {
+  const std::vector<Key> used(keys, keys + num_keys);
+  const Lock held = lock();
+  check_open();
+  for (Key key : used) source_of(key);
+  begin_event(used);
+  ++stats_.num_events;
+  if (num_keys > 0) log(Happening::event, used[0]);
+  for (Key key : used) {
+    ++stats_.num_hbm_hits;
+    stats_.nbytes_hit += source_of(key)->nbytes;
+    log(Happening::hit, key);
+    if (Block* block = hbm_.find(key)) hbm_.use(*block);  // it may have left since
+  }
+  rethrow_policy_errors();
 }
 
 void Tiers::begin_event(const std::vector<Key>& keys) {
@@ -138,10 +176,12 @@ Admission Tiers::try_acquire(Event& event) {
       wanted.push_back({event.keys_[i], source_of(event.keys_[i])->nbytes});
     nbytes += present[i] ? present[i]->slot_nbytes : round_to_pages(wanted.back().nbytes);
   }
-  if (nbytes > hbm_.arena().budget())
+  const Arena& arena = hbm_.arena();
+  const std::uint64_t largest = num_keys ? nbytes / num_keys : 0;  // blocks of a layer are alike
+  if (nbytes > arena.budget() || (num_keys > 0 && num_keys > arena.max_slots(largest)))
     throw EventTooLarge("an event of " + std::to_string(num_keys) + " blocks, " +
                         std::to_string(nbytes) + " bytes, doesn't fit the HBM budget of " +
-                        std::to_string(hbm_.arena().budget()) +
+                        std::to_string(std::min(arena.budget(), arena.reserved())) +
                         " bytes; raise hbm or split the event into waves");
   for (const Block* block : present)
     if (block != nullptr && !can_join(*block)) return Admission::busy;
@@ -241,7 +281,7 @@ void Tiers::load(Event& event, std::size_t position, Block& block) {
   stats_.nbytes_missed += event.tickets_[position]->nbytes;
 }
 
-void Tiers::release(Event& event) {
+void Tiers::release(Event& event, Compute compute) {
   if (forked()) return;
   {
     refuse_in_policy();
@@ -249,16 +289,17 @@ void Tiers::release(Event& event) {
     if (event.released_) return;
     event.released_ = true;
     settle_ended();
-    unpin_all(&event, event.keys_, event.stream_);
+    unpin_all({event.keys_, event.slots_, event.stream_, compute, &event});
     finish_resize();
   }
   changed_.notify_all();
 }
 
-void Tiers::unpin_all(const Event* event, const std::vector<Key>& keys, std::uint64_t stream) {
-  abandon_repairs(event);
-  for (Key key : keys) hbm_.unpin(*hbm_.find(key));
-  const auto holder = holders_.find(stream);
+void Tiers::unpin_all(const Orphan& holds) {
+  abandon_repairs(holds.event);
+  guard_slots(holds.slots, holds.compute);
+  for (Key key : holds.keys) hbm_.unpin(*hbm_.find(key));
+  const auto holder = holders_.find(holds.stream);
   if (--holder->second == 0) holders_.erase(holder);
 }
 
@@ -268,7 +309,8 @@ void Tiers::orphan(Event& event) {
   event.released_ = true;
   {
     const std::lock_guard lock(orphans_mutex_);
-    orphans_.push_back({std::move(event.keys_), event.stream_, &event});
+    orphans_.push_back(
+        {std::move(event.keys_), std::move(event.slots_), event.stream_, event.compute_, &event});
     has_orphans_ = true;
   }
   changed_.notify_all();
@@ -282,7 +324,7 @@ void Tiers::release_orphans() {
     all.swap(orphans_);
     has_orphans_ = false;
   }
-  for (const Orphan& orphan : all) unpin_all(orphan.event, orphan.keys, orphan.stream);
+  for (const Orphan& orphan : all) unpin_all(orphan);
   finish_resize();
 }
 
@@ -336,25 +378,34 @@ Event::Event(std::shared_ptr<Tiers> tiers, const Key* keys, std::size_t num_keys
 
 Event::~Event() { tiers_->orphan(*this); }
 
-void Event::release() { tiers_->release(*this); }
+void Event::release(Compute compute) { tiers_->release(*this, compute); }
 
 void Event::check_held() const {
   if (released_) throw ConfigError("the event was released: its slots may hold other blocks");
 }
 
-std::vector<std::uint32_t> Event::wait_any(std::vector<Failure>& failures) {
+std::vector<std::uint32_t> Event::wait_any(std::vector<Failure>& failures, Compute compute) {
   Tiers::Lock lock = tiers_->lock();
   check_held();
+  compute_ = compute;
   tiers_->abandon_repairs(this);
   std::vector<std::uint32_t> positions;
   positions.swap(ready_);
   if (num_pending_ == 0) return positions;
   const double started = tiers_->engine_.now();
   bool waited = false;
+  MarkPtr held;  // the last that compute waits for
   for (Tiers::Clock::time_point next_poll{};;) {
     for (std::uint32_t i = 0; i < tickets_.size(); ++i) {
       const auto ticket = tickets_[i];
-      if (!ticket || !ticket->ended()) continue;
+      if (!ticket) continue;
+      if (!ticket->ended()) {
+        if (!tiers_->hold_for(*ticket, compute, held)) continue;
+        positions.push_back(i);
+        tickets_[i] = nullptr;
+        --num_pending_;
+        continue;
+      }
       tiers_->settle_load(keys_[i], *ticket);
       if (ticket->status() == Transfer::Status::cancelled) tiers_->check_open();
       if (tiers_->hbm_.find(keys_[i])->state == State::ready) {  // or repaired by another event
@@ -375,6 +426,14 @@ std::vector<std::uint32_t> Event::wait_any(std::vector<Failure>& failures) {
   }
   if (waited) tiers_->count_stall(started);
   return positions;
+}
+
+// Whether a block that is still on its way can be computed with already.
+bool Tiers::hold_for(const Transfer& ticket, Compute compute, MarkPtr& held) {
+  if (!device_->stream_ordered() || !ticket.issued()) return false;
+  if (ticket.mark() != held) device_->hold_compute(compute, ticket.mark());
+  held = ticket.mark();
+  return true;
 }
 
 void Event::repaired(std::uint32_t position) {

@@ -48,6 +48,7 @@ void Tiers::hint(const Key* keys, std::size_t num_keys, std::uint64_t stream, bo
     log(Happening::prefetch, hint.key);
     ++stats_.num_prefetched;
   }
+  engine_.pump();
 }
 
 // The router has spoken: wrong hints are cancelled. Right ones become demands in `try_acquire`.

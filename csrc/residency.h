@@ -87,6 +87,9 @@ class Residency {
   /// call again when they are gone. Appends the slabs whose memory isn't needed any more.
   bool resize(std::uint64_t budget, std::vector<Arena::Slab>& released);
 
+  void add_range(Slot first, std::uint64_t nbytes) { arena_.add_range(first, nbytes); }
+  std::optional<Slot> take_idle_range() { return arena_.take_idle_range(); }
+
   EvictionPolicy& policy() { return policy_.policy(); }
   const Arena& arena() const { return arena_; }
   std::size_t num_blocks() const { return blocks_.size(); }

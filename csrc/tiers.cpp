@@ -27,24 +27,39 @@ std::unique_ptr<EvictionPolicy> make_hbm_policy(const TiersConfig& config) {
 // On virtual links nothing is ever touched, so that reserved memory costs nothing.
 TransferEngine make_engine(const TiersConfig& config, Device& device) {
   if (config.virtual_links) return TransferEngine(*config.virtual_links);
-  return TransferEngine(checked_num_threads(config.num_io_threads), device);
+  return TransferEngine(checked_num_threads(config.num_io_threads), device,
+                        device.asynchronous() ? kDevicePace : PrefetchPace{},
+                        config.watchdog_seconds);
+}
+
+Arena make_hbm_arena(const TiersConfig& config, const Device& device) {
+  if (device.host_accessible()) return Arena(config.hbm_nbytes, config.hbm_reserved);
+  return Arena::of_ranges(config.hbm_nbytes);
 }
 
 }  // namespace
 
-Tiers::Tiers(const TiersConfig& config, std::unique_ptr<Device> device, Poll poll)
+Tiers::Tiers(const TiersConfig& config, std::shared_ptr<Device> device, Poll poll)
     : device_(std::move(device)),
       poll_(std::move(poll)),
-      hbm_(Arena(config.hbm_nbytes, config.hbm_reserved), make_hbm_policy(config)),
+      hbm_(make_hbm_arena(config, *device_), make_hbm_policy(config)),
       dram_(Arena(config.dram_nbytes, config.dram_reserved),
             make_policy(config.future ? "lru" : config.eviction)),
       has_dram_(config.dram_nbytes > 0),
       max_guessed_nbytes_(config.hbm_nbytes / kGuessShare),
       engine_(make_engine(config, *device_)) {
-  if (!device_->host_accessible())
-    throw ConfigError("I/O threads can't write into this device's memory");
-  hbm_memory_ = device_->allocate(hbm_.arena().reserved());
-  dram_memory_ = make_host_device()->allocate(dram_.arena().reserved());
+  if (device_->host_accessible())
+    hbm_memory_ = device_->allocate(hbm_.arena().reserved());
+  else
+    hbm_memory_ = segments_ = std::make_shared<Segments>();
+  engine_.set_on_issued([this] {
+    {
+      const std::lock_guard lock(mutex_);
+    }  // whoever looked before is waiting now
+    changed_.notify_all();
+  });
+  dram_memory_ =
+      std::make_shared<PinnedMemory>(make_host_device()->allocate(dram_.arena().reserved()));
 }
 
 Tiers::~Tiers() { shut(); }
@@ -69,6 +84,16 @@ void Tiers::refuse_in_policy() {
 
 void Tiers::check_open() const {
   if (closed_) throw RuntimeClosed("the runtime is closed; wrap the model again to use it");
+  if (const std::exception_ptr error = engine_.device_error()) std::rethrow_exception(error);
+}
+
+void Tiers::add_segment(std::shared_ptr<Memory> segment) {
+  if (!segments_) throw ConfigError("this runtime's HBM is host memory: it has no segments");
+  const Lock held = lock();
+  check_open();
+  hbm_.add_range(reinterpret_cast<std::uintptr_t>(segment->data()), segment->nbytes());
+  segments_->add(std::move(segment));
+  changed_.notify_all();
 }
 
 void Tiers::add_blocks(const std::vector<Key>& keys, std::vector<Source> extents) {
@@ -123,6 +148,8 @@ Tiers::Ticket Tiers::start_load(Block& block, Priority priority, std::uint32_t r
   transfer->probability = -static_cast<double>(rank);
   if (const auto leaving = leaving_.find(block.slot); leaving != leaving_.end())
     transfer->after.push_back(leaving->second);
+  if (auto used = last_uses_.extract(block.slot))
+    transfer->after_marks.push_back(std::move(used.mapped()));
   Block* copy = has_dram_ ? dram_.find(key) : nullptr;
   if (copy != nullptr && copy->state != State::failed) {
     transfer->link = Link::dram_to_hbm;
@@ -141,7 +168,7 @@ Tiers::Ticket Tiers::start_load(Block& block, Priority priority, std::uint32_t r
   }
   transfer->on_end = [this, key](Transfer& ended) { on_end({key, 0, ended.shared_from_this()}); };
   loads_[key] = transfer;
-  if (!engine_.submit(transfer, priority)) throw RuntimeClosed("the runtime is closed");
+  submit(transfer, priority);
   return transfer;
 }
 
@@ -234,7 +261,13 @@ void Tiers::start_demotion(const Victim& victim, Priority priority) {
   hbm_.hold(victim.slot);
   demotions_[victim.key] = transfer;
   leaving_[victim.slot] = transfer;
-  if (!engine_.submit(transfer, priority)) throw RuntimeClosed("the runtime is closed");
+  submit(transfer, priority);
+}
+
+void Tiers::submit(const Ticket& transfer, Priority priority) {
+  if (engine_.submit(transfer, priority)) return;
+  if (const std::exception_ptr error = engine_.device_error()) std::rethrow_exception(error);
+  throw RuntimeClosed("the runtime is closed");
 }
 
 void Tiers::settle_demotion(const Ended& ended) {
@@ -308,6 +341,7 @@ void Tiers::finish_resize() {
   try {
     if (over(hbm_.arena())) resize(hbm_, *hbm_memory_, hbm_.arena().budget());
     if (over(dram_.arena())) resize(dram_, *dram_memory_, dram_.arena().budget());
+    give_back_segments();
   } catch (const PolicyError&) {  // callers that release may not fail; the next acquire throws it
     policy_error_ = std::current_exception();
   }
@@ -317,6 +351,7 @@ bool Tiers::resize_hbm(std::uint64_t nbytes) {
   const Lock held = lock();
   check_open();
   const bool complete = resize(hbm_, *hbm_memory_, nbytes);
+  give_back_segments();
   max_guessed_nbytes_ = nbytes / kGuessShare;
   changed_.notify_all();
   return complete;
@@ -328,6 +363,43 @@ bool Tiers::resize_dram(std::uint64_t nbytes) {
   const bool complete = resize(dram_, *dram_memory_, nbytes);
   has_dram_ = nbytes > 0;
   return complete;
+}
+
+// Once nothing that was computed can still be reading there.
+void Tiers::give_back_segments() {
+  if (!segments_) return;
+  while (const auto first = hbm_.take_idle_range()) {
+    const std::shared_ptr<Memory> segment = segments_->take(*first);
+    for (auto use = last_uses_.begin(); use != last_uses_.end();) {
+      const bool inside = use->first >= *first && use->first < *first + segment->nbytes();
+      if (inside) device_->wait(use->second);
+      use = inside ? last_uses_.erase(use) : std::next(use);
+    }
+  }
+}
+
+// Slots that what was given to `compute` may read.
+void Tiers::guard_slots(const std::vector<Slot>& slots, Compute compute) {
+  if (!device_->asynchronous() || engine_.is_virtual()) return;
+  try {
+    if (const MarkPtr mark = device_->mark_compute(compute))
+      for (Slot slot : slots) last_uses_[slot] = mark;
+  } catch (const Error&) {  // whoever releases may not fail
+    engine_.fail_device(std::current_exception());
+  }
+}
+
+std::uint64_t Tiers::pin_dram(std::uint64_t nbytes) {
+  std::shared_ptr<PinnedMemory> memory;
+  std::uint64_t end = 0;
+  {
+    const Lock held = lock();
+    check_open();
+    memory = dram_memory_;
+    if (const auto& slabs = dram_.arena().slabs(); !slabs.empty())
+      end = slabs.rbegin()->first + slabs.rbegin()->second.nbytes();
+  }
+  return memory->pin(*device_, end, nbytes);
 }
 
 void Tiers::throttle(Link link, double bytes_per_second) {

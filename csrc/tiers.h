@@ -26,8 +26,10 @@
 #include "device.h"
 #include "direct_io.h"
 #include "hints.h"
+#include "pinned_memory.h"
 #include "process.h"
 #include "residency.h"
+#include "segments.h"
 #include "transfer.h"
 
 namespace tiered_mem {
@@ -39,6 +41,7 @@ struct TiersConfig {
   std::uint64_t dram_reserved = 0;
   std::string eviction = "lru";
   std::size_t num_io_threads = 4;
+  double watchdog_seconds = 60;
   /// Virtual links: no bytes move, and time passes on a virtual clock.
   std::optional<LinkSpeeds> virtual_links;
   /// Every use to come of HBM's blocks, in order: for the policy that knows it, without DRAM.
@@ -97,19 +100,19 @@ class Event {
   Event& operator=(const Event&) = delete;
 
   const std::vector<Key>& keys() const { return keys_; }
-  /// HBM slots (byte offsets), by position in `keys`.
+  /// HBM slots (byte offsets, or addresses where HBM is in segments), by position in `keys`.
   const std::vector<Slot>& slots() const { return slots_; }
-  /// Positions whose bytes are in place and that no earlier call returned. Waits until there is
-  /// one; empty when all have been returned. `failures` gets the positions whose transfer failed:
-  /// theirs to repair until the next call; other streams' events with these blocks wait meanwhile.
-  /// Throws RuntimeClosed, ConfigError after `release`.
-  std::vector<std::uint32_t> wait_any(std::vector<Failure>& failures);
+  /// Positions whose bytes are in place, for what is given to `compute` from now on, and that no
+  /// earlier call returned. Waits until there is one; empty when all have been returned. `failures`
+  /// gets the positions whose transfer failed: theirs to repair until the next call; other streams'
+  /// events with these blocks wait meanwhile. Throws RuntimeClosed, ConfigError after `release`.
+  std::vector<std::uint32_t> wait_any(std::vector<Failure>& failures, Compute compute = 0);
   /// The caller has filled the slot of a failed position itself. Throws ConfigError after
   /// `release`, std::out_of_range.
   void repaired(std::uint32_t position);
-  /// Ends the pins: the slots may be filled with other blocks from now on. A second call does
-  /// nothing.
-  void release();
+  /// Ends the pins: the slots may be filled with other blocks once `compute` has done what it was
+  /// given until now. A second call does nothing.
+  void release(Compute compute = 0);
 
  private:
   friend class Tiers;
@@ -119,6 +122,7 @@ class Event {
   std::shared_ptr<Memory> memory_;  // outlives the runtime while somebody may still read a slot
   std::vector<Key> keys_;
   std::uint64_t stream_;
+  Compute compute_ = 0;  // where it was last waited for
   std::vector<Slot> slots_;
   std::vector<std::shared_ptr<Transfer>> tickets_;  // by position; null when returned or resident
   std::vector<std::uint32_t> ready_;
@@ -132,7 +136,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   using Poll = std::function<void()>;
 
   /// Throws ConfigError, BudgetError if the memory can't be reserved.
-  Tiers(const TiersConfig& config, std::unique_ptr<Device> device, Poll poll);
+  Tiers(const TiersConfig& config, std::shared_ptr<Device> device, Poll poll);
   ~Tiers();
   /// What the owners of a `Tiers` must delete it by: in a forked child it is left alone, since
   /// its threads, and whoever held its locks, aren't there. Every other call in a child throws
@@ -142,6 +146,8 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   /// Tells where blocks come from. Replaces what was known of a key, but for its size. Throws
   /// ConfigError.
   void add_blocks(const std::vector<Key>& keys, std::vector<std::shared_ptr<const Extent>> extents);
+  /// Memory of a device for HBM, beside what it has. Throws ConfigError where HBM is host memory.
+  void add_segment(std::shared_ptr<Memory> segment);
   /// Forgets all blocks of a model, waiting for its transfers and events.
   void remove_space(std::uint8_t space);
 
@@ -154,6 +160,13 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   /// those that wait: they may be waiting for it.
   std::shared_ptr<Event> acquire(const Key* keys, std::size_t num_keys, std::uint64_t stream,
                                  bool wait);
+
+  /// Pins the blocks if all of them are in HBM and ready; else returns nullptr. Counts nothing and
+  /// tells no policy: that is for `note_uses`, when it is known which of them were used.
+  std::shared_ptr<Event> acquire_resident(const Key* keys, std::size_t num_keys,
+                                          std::uint64_t stream);
+  /// Counts an event that used these blocks in HBM, and tells the policy.
+  void note_uses(const Key* keys, std::size_t num_keys);
 
   /// Predicts the next event of a partition: keys of one partition, the likeliest first. `exact`
   /// hints are right by construction and needn't prove that they pay.
@@ -171,6 +184,9 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   /// BudgetError above what was reserved.
   bool resize_hbm(std::uint64_t nbytes);
   bool resize_dram(std::uint64_t nbytes);
+  /// Lets the device reach at most so many bytes more of DRAM's used memory without staging.
+  /// Returns how many; 0 when there is nothing left to do. Throws DeviceError.
+  std::uint64_t pin_dram(std::uint64_t nbytes);
   /// Throws ConfigError for a negative rate; 0 is no limit.
   void throttle(Link link, double bytes_per_second);
 
@@ -225,6 +241,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   bool cancel_load(Key key);
   void settle_hints(const Key* keys, std::size_t num_keys, std::uint64_t stream);
   void drop_hint(const Hint& hint);
+  void submit(const Ticket& transfer, Priority priority);
   Ticket start_load(Block& block, Priority priority, std::uint32_t rank);
   void start_demotion(const Victim& victim, Priority priority);
   void handle_victims(const std::vector<Victim>& victims, Priority priority);
@@ -238,22 +255,32 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   void settle_demotion(const Ended& ended);
   void settle_load(Key key, const Transfer& transfer);
   void wait_changed(Lock& lock, Clock::time_point& next_poll);
-  void release(Event& event);
-  void unpin_all(const Event* event, const std::vector<Key>& keys, std::uint64_t stream);
+  void release(Event& event, Compute compute);
+  struct Orphan;
+  void unpin_all(const Orphan& holds);
+  bool hold_for(const Transfer& ticket, Compute compute, MarkPtr& held);
+  void guard_slots(const std::vector<Slot>& slots, Compute compute);
+  void give_back_segments();
   void orphan(Event& event);
   void release_orphans();
   bool resize(Residency& residency, Memory& memory, std::uint64_t nbytes);
   void finish_resize();
-  std::byte* hbm(Slot slot) const { return hbm_memory_->data() + slot; }
+  std::byte* hbm(Slot slot) const {
+    return reinterpret_cast<std::byte*>(reinterpret_cast<std::uintptr_t>(hbm_memory_->data()) +
+                                        slot);
+  }
   std::byte* dram(Slot slot) const { return dram_memory_->data() + slot; }
 
   const unsigned generation_ = process_generation();
-  std::unique_ptr<Device> device_;
+  std::shared_ptr<Device> device_;
   Poll poll_;
   std::mutex mutex_;
   std::condition_variable changed_;
   bool closed_ = false;
-  std::shared_ptr<Memory> hbm_memory_, dram_memory_;
+  std::shared_ptr<Memory> hbm_memory_;
+  std::shared_ptr<Segments> segments_;  // null: HBM is host memory; else the same as hbm_memory_
+  std::shared_ptr<PinnedMemory> dram_memory_;
+  std::unordered_map<Slot, MarkPtr> last_uses_;  // HBM slots that computing may still read
   Residency hbm_, dram_;
   bool has_dram_;
   std::uint64_t max_guessed_nbytes_;
@@ -277,7 +304,9 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   // caller, since a garbage collection may end an event anywhere, a policy's call included.
   struct Orphan {
     std::vector<Key> keys;
+    std::vector<Slot> slots;
     std::uint64_t stream;
+    Compute compute;
     const Event* event;
   };
   std::mutex orphans_mutex_;

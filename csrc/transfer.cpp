@@ -4,17 +4,9 @@
 #include <chrono>
 
 #include "error.h"
+#include "steady.h"
 
 namespace tiered_mem {
-
-namespace {
-
-double seconds_now() {
-  using namespace std::chrono;
-  return duration<double>(steady_clock::now().time_since_epoch()).count();
-}
-
-}  // namespace
 
 const char* link_name(Link link) {
   static const char* const names[] = {"nvme_to_hbm", "dram_to_hbm", "hbm_to_dram"};
@@ -23,20 +15,26 @@ const char* link_name(Link link) {
 
 std::uint32_t Transfer::num_chunks() const {
   if (extent) return static_cast<std::uint32_t>(extent->chunks.size());
+  if (direct_) return 1;
   return static_cast<std::uint32_t>((nbytes + kChunk - 1) / kChunk);
 }
 
 std::uint64_t Transfer::chunk_nbytes(std::uint32_t chunk) const {
-  return extent ? extent->chunks[chunk].stored_nbytes : std::min(kChunk, nbytes - chunk * kChunk);
+  if (extent) return extent->chunks[chunk].stored_nbytes;
+  return direct_ ? nbytes : std::min(kChunk, nbytes - chunk * kChunk);
 }
 
-TransferEngine::TransferEngine(std::size_t num_threads, Device& device, PrefetchPace pace)
-    : device_(&device), prefetch_pace_(pace) {
+TransferEngine::TransferEngine(std::size_t num_threads, Device& device, PrefetchPace pace,
+                               double watchdog_seconds)
+    : device_(&device), prefetch_pace_(pace), watchdog_seconds_(watchdog_seconds) {
   // A demand finds a thread that isn't busy with guesses.
-  prefetch_pace_.num_pieces =
-      std::clamp<std::size_t>(pace.num_pieces, 1, std::max<std::size_t>(num_threads, 2) - 1);
+  if (!is_asynchronous())
+    prefetch_pace_.num_pieces =
+        std::clamp<std::size_t>(pace.num_pieces, 1, std::max<std::size_t>(num_threads, 2) - 1);
 
-  for (std::size_t i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
+  for (std::size_t i = 0; i < num_threads; ++i)
+    threads_.emplace_back([this] { is_asynchronous() ? work_for_device() : work(); });
+  if (is_asynchronous()) threads_.emplace_back([this] { watch_arrivals(); });
 }
 
 TransferEngine::~TransferEngine() { stop(); }
@@ -61,11 +59,14 @@ void TransferEngine::enqueue(const std::shared_ptr<Transfer>& transfer) {
 bool TransferEngine::submit(const std::shared_ptr<Transfer>& transfer, Priority priority) {
   std::lock_guard lock(mutex_);
   transfer->priority_ = priority;
-  if (stopping_) {
+  if (stopping_ || device_error_) {
     transfer->abandoned_ = true;
+    transfer->error_ = device_error_;
     end(*transfer);
     return false;
   }
+  transfer->direct_ = is_asynchronous() && !transfer->extent &&
+                      device_->reaches(transfer->host_side(), transfer->nbytes);
   ++num_open_;
   enqueue(transfer);
   return true;
@@ -109,26 +110,36 @@ void TransferEngine::stop() {
   std::unique_lock lock(mutex_);
   stopping_ = true;
   pace_changed_.notify_all();
-  for (Queue* queue : {&demand_, &prefetch_})
-    while (!queue->empty()) {
-      const auto transfer = queue->front();
-      queue->pop_front();
-      transfer->abandoned_ = true;
-      if (transfer->num_in_flight_ == 0) finish(lock, transfer);
-    }
+  drop_queued(lock, nullptr);
   for (; !landings_.empty(); landings_.pop()) land(lock, landings_.top().claim, nullptr);
   quiet_.wait(lock, [this] { return num_open_ == 0; });
   closing_ = true;
   lock.unlock();
   wake_.notify_all();
+  told_some_.notify_all();
   for (std::thread& thread : threads_)
     if (thread.joinable()) thread.join();
+}
+
+// Ends all that has no piece in flight; the rest ends with its last piece.
+void TransferEngine::drop_queued(std::unique_lock<std::mutex>& lock, std::exception_ptr error) {
+  for (Queue* queue : {&demand_, &prefetch_})
+    while (!queue->empty()) {
+      const auto transfer = queue->front();
+      queue->pop_front();
+      transfer->abandoned_ = true;
+      if (error) transfer->error_ = error;
+      if (transfer->num_in_flight_ == 0) finish(lock, transfer);
+    }
 }
 
 void TransferEngine::throttle(Link link, double bytes_per_second) {
   std::lock_guard lock(mutex_);
   pace_[static_cast<std::size_t>(link)] = {bytes_per_second, 0};
   pace_changed_.notify_all();
+  for (std::deque<Told>& told : told_)
+    for (Told& copy : told)
+      if (copy.claim.transfer->link == link) copy.not_before = 0;
 }
 
 std::uint64_t TransferEngine::nbytes_moved(Link link) const {
@@ -145,27 +156,30 @@ std::size_t& TransferEngine::num_in_flight(const Transfer& transfer) {
 // never waits for more than these.
 bool TransferEngine::may_start(const Transfer& transfer) const {
   for (const auto& before : transfer.after)
-    if (!before->ended()) return false;
-  if (transfer.fed_by && !transfer.fed_by->ended()) return false;
+    if (!before->ended() && !waits_on_device(*before)) return false;
+  // A thread that stages copies from the source itself.
+  if (const auto& feeder = transfer.fed_by; feeder && !feeder->ended())
+    if (!transfer.direct_ || !waits_on_device(*feeder)) return false;
   if (transfer.priority_ == Priority::demand) return true;
   const auto& busy = num_in_flight_[static_cast<std::size_t>(transfer.link)];
   return busy[0] == 0 && busy[1] < prefetch_pace_.num_pieces;
 }
 
-// The next chunk to move, of one link alone if `only` says so.
-bool TransferEngine::claim(Claim& claim, const Link* only) {
-  return claim_from(demand_, claim, only) || claim_from(prefetch_, claim, only);
+// The next chunk that the claimant may move.
+bool TransferEngine::claim(Claim& claim, const Claimant& claimant) {
+  return claim_from(demand_, claim, claimant) || claim_from(prefetch_, claim, claimant);
 }
 
-bool TransferEngine::claim_from(Queue& queue, Claim& claim, const Link* only) {
+bool TransferEngine::claim_from(Queue& queue, Claim& claim, const Claimant& claimant) {
   for (auto it = queue.begin(); it != queue.end(); ++it) {
-    if (only != nullptr && (*it)->link != *only) continue;
     const std::shared_ptr<Transfer> transfer = *it;
-    if (!may_start(*transfer)) continue;
+    if (!claimant.takes(*transfer) || !may_start(*transfer)) continue;
     claim = {transfer, transfer->next_chunk_, transfer->next_byte_, 0};
     const std::uint64_t left = transfer->chunk_nbytes(claim.chunk) - claim.first;
-    // What is compressed is decoded as a whole.
-    const bool divisible = !transfer->extent || transfer->extent->codec == Codec::none;
+    // What is compressed is decoded as a whole, and what is staged has its checksum compared there.
+    const bool divisible = is_asynchronous()
+                               ? transfer->direct_
+                               : !transfer->extent || transfer->extent->codec == Codec::none;
     const bool in_pieces = transfer->priority_ == Priority::prefetch && divisible;
     claim.nbytes = in_pieces ? std::min(left, prefetch_pace_.piece_nbytes) : left;
     transfer->next_byte_ += claim.nbytes;
@@ -174,6 +188,7 @@ bool TransferEngine::claim_from(Queue& queue, Claim& claim, const Link* only) {
       transfer->next_byte_ = 0;
     }
     ++transfer->num_in_flight_;
+    ++transfer->num_untold_;
     ++num_in_flight(*transfer);
     if (transfer->all_claimed()) queue.erase(it);
     return true;
@@ -186,7 +201,7 @@ void TransferEngine::work() {
   std::unique_lock lock(mutex_);
   for (;;) {
     Claim mine;
-    wake_.wait(lock, [&] { return closing_ || claim(mine); });
+    wake_.wait(lock, [&] { return closing_ || claim(mine, {}); });
     if (!mine.transfer) return;
     std::exception_ptr error;
     lock.unlock();
@@ -239,7 +254,7 @@ void TransferEngine::start_virtual() {
   for (std::size_t i = 0; i < kNumLinks; ++i) {
     const Link link = static_cast<Link>(i);
     Claim claimed;
-    if (free_at_[i] > now_ || !claim(claimed, &link)) continue;
+    if (free_at_[i] > now_ || !claim(claimed, {Claimant::Kind::link, link})) continue;
     free_at_[i] = now_ + static_cast<double>(claimed.nbytes) / speeds_[i].bytes_per_second;
     landings_.push({free_at_[i] + speeds_[i].latency, num_started_++, std::move(claimed)});
   }
@@ -270,6 +285,7 @@ void TransferEngine::advance(double seconds) {
   now_ = until;
 }
 
+// For a device that copies at once.
 void TransferEngine::move(const Claim& claim, Scratch& scratch) {
   Transfer& transfer = *claim.transfer;
   if (transfer.extent) {
@@ -332,6 +348,7 @@ void TransferEngine::finish(std::unique_lock<std::mutex>& lock,
 
 void TransferEngine::end(Transfer& transfer) {
   transfer.after.clear();
+  transfer.after_marks.clear();
   transfer.fed_by.reset();
   transfer.keep_alive.clear();
   transfer.on_end = nullptr;

@@ -4,6 +4,11 @@
 // a time, and only while no demand is in flight on its link, so a wrong guess costs a demand at
 // most the pieces that are under way. The threads know nothing of Python, policies or residency.
 //
+// Copies of an asynchronous device are only told to it, whole batches at a time
+// (device_copies.cpp): what the device can reach by whoever asks for them, the rest by the I/O
+// threads through staging memory. One more thread sees them arrive. What comes after a copy on the
+// device needn't wait for that: a ticket is `issued` once all its copies have been told.
+//
 // An engine over virtual links has no threads and moves no bytes: its chunks take the time that
 // such links would need, on a clock that goes on when its owner says so. What is queued, claimed,
 // overtaken, raised and cancelled is decided by the same code.
@@ -58,6 +63,8 @@ class Transfer : public std::enable_shared_from_this<Transfer> {
   std::vector<std::shared_ptr<Transfer>> after;
   /// The transfer that fills the source: it must have ended well.
   std::shared_ptr<Transfer> fed_by;
+  /// What of the device's work must have been done first, since it still reads the target.
+  std::vector<MarkPtr> after_marks;
   /// Order among prefetches: earlier events first, likelier blocks first.
   std::uint64_t due = 0;
   double probability = 0;
@@ -68,6 +75,9 @@ class Transfer : public std::enable_shared_from_this<Transfer> {
 
   Status status() const { return status_.load(std::memory_order_acquire); }
   bool ended() const { return status() != Status::queued; }
+  /// Whether all its copies have been told to the device, the last of them with `mark`.
+  bool issued() const { return issued_.load(std::memory_order_acquire); }
+  const MarkPtr& mark() const { return mark_; }
   /// The error of a failed transfer.
   std::exception_ptr error() const { return error_; }
   /// Bytes that were moved, once it has ended.
@@ -77,16 +87,24 @@ class Transfer : public std::enable_shared_from_this<Transfer> {
   friend class TransferEngine;
   std::uint32_t num_chunks() const;
   bool all_claimed() const { return next_chunk_ >= num_chunks(); }
+  std::byte* host_side() const {
+    return link == Link::hbm_to_dram ? target : const_cast<std::byte*>(source);
+  }
   std::uint64_t chunk_nbytes(std::uint32_t chunk) const;  // as the link sees them
 
   Priority priority_ = Priority::demand;
-  std::uint32_t next_chunk_ = 0;       // the first that isn't wholly claimed
-  std::uint64_t next_byte_ = 0;        // of that chunk: the first that no thread has claimed
-  std::uint32_t num_in_flight_ = 0;    // pieces claimed and not finished
+  std::uint32_t next_chunk_ = 0;     // the first that isn't wholly claimed
+  std::uint64_t next_byte_ = 0;      // of that chunk: the first that no thread has claimed
+  std::uint32_t num_in_flight_ = 0;  // pieces claimed and not finished
+  std::uint32_t num_untold_ = 0;     // of these, not told to the device
+  bool direct_ = false;              // copies that the device does without staging
+  bool told_any_ = false;            // the device knows what comes before the copies
+  MarkPtr mark_;
   std::vector<std::uint64_t> landed_;  // bytes, by chunk, of chunks that came in pieces
   std::uint64_t nbytes_moved_ = 0;
   bool abandoned_ = false;  // cancelled or failed: claim no further chunk
   std::exception_ptr error_;
+  std::atomic<bool> issued_{false};
   std::atomic<Status> status_{Status::queued};
 };
 
@@ -97,10 +115,15 @@ struct PrefetchPace {
   std::size_t num_pieces = 4;
 };
 
+/// For devices: a few pieces of what keeps their links busy between two looks at what arrived.
+constexpr PrefetchPace kDevicePace{1 << 20, 4};
+
 class TransferEngine {
  public:
-  /// `device` copies between memories and outlives the engine.
-  TransferEngine(std::size_t num_threads, Device& device, PrefetchPace pace = {});
+  /// `device` copies between memories and outlives the engine. A device that moves nothing for
+  /// `watchdog_seconds` though it should has failed.
+  TransferEngine(std::size_t num_threads, Device& device, PrefetchPace pace = {},
+                 double watchdog_seconds = 60);
   /// An engine on a virtual clock. Throws ConfigError unless every link has a speed.
   explicit TransferEngine(const LinkSpeeds& speeds, PrefetchPace pace = {});
   /// Cancels what hasn't started and waits for the chunks in flight.
@@ -108,8 +131,11 @@ class TransferEngine {
   TransferEngine(const TransferEngine&) = delete;
   TransferEngine& operator=(const TransferEngine&) = delete;
 
-  /// False if the engine was stopped: the transfer has ended as cancelled.
+  /// False if the engine was stopped, or its device failed: the transfer has ended. Call `pump`
+  /// when all that belongs together has been submitted.
   bool submit(const std::shared_ptr<Transfer>& transfer, Priority priority);
+  /// Tells the device all copies that may start now.
+  void pump();
   /// Makes a prefetch a demand, a cancelled one that still has chunks in flight included. False
   /// if it has ended.
   bool raise(const std::shared_ptr<Transfer>& transfer);
@@ -123,6 +149,15 @@ class TransferEngine {
   /// Bytes per second that a link may carry, 0 for no limit: slows a link down to study it.
   /// Chunks that wait for their turn at the old rate go on at once.
   void throttle(Link link, double bytes_per_second);
+
+  /// Why the device can't be used any more; null as long as it can. All its transfers have ended
+  /// then.
+  std::exception_ptr device_error() const;
+  /// Is told, by a thread without any lock, that tickets became `issued` by another thread's doing
+  /// than a call of `pump`. Set before the first `submit`.
+  void set_on_issued(std::function<void()> on_issued) { on_issued_ = std::move(on_issued); }
+  /// What a call of the device threw elsewhere: it can't be used any more.
+  void fail_device(std::exception_ptr error);
 
   bool is_virtual() const { return device_ == nullptr; }
   /// Seconds on this engine's clock.
@@ -148,9 +183,20 @@ class TransferEngine {
 
   static constexpr double kForever = 1e300;
 
+  // Who claims: an I/O thread, the device, or one virtual link.
+  struct Claimant {
+    enum class Kind { thread, device, link } kind = Kind::thread;
+    Link link{};
+    bool takes(const Transfer& transfer) const {
+      return kind == Kind::link ? transfer.link == link
+                                : transfer.direct_ == (kind == Kind::device);
+    }
+  };
+
   void work();
-  bool claim(Claim& claim, const Link* only = nullptr);
-  bool claim_from(Queue& queue, Claim& claim, const Link* only);
+  void work_for_device();
+  bool claim(Claim& claim, const Claimant& claimant);
+  bool claim_from(Queue& queue, Claim& claim, const Claimant& claimant);
   void land(std::unique_lock<std::mutex>& lock, const Claim& claim, std::exception_ptr error);
   bool step_until(double limit);
   void start_virtual();
@@ -163,6 +209,26 @@ class TransferEngine {
   void wait_for_turn(Link link, std::uint64_t nbytes, std::unique_lock<std::mutex>& lock);
   void finish(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Transfer>& transfer);
   void end(Transfer& transfer);
+  void drop_queued(std::unique_lock<std::mutex>& lock, std::exception_ptr error);
+
+  // Copies of an asynchronous device.
+  struct Stages;
+  bool is_asynchronous() const { return device_ != nullptr && device_->asynchronous(); }
+  bool waits_on_device(const Transfer& before) const;
+  std::vector<MarkPtr> dependencies(const Transfer& transfer);
+  void pump_locked(std::unique_lock<std::mutex>& lock);
+  void tell(std::unique_lock<std::mutex>& lock, Direction direction,
+            const std::vector<Claim>& claims, std::vector<MarkPtr> after);
+  void note_told(const Claim& claim, const MarkPtr& mark, double not_before);
+  double turn_ends_at(Link link, std::uint64_t nbytes);
+  void move_staged(const Claim& claim, Scratch& scratch, Stages& stages,
+                   std::unique_lock<std::mutex>& lock);
+  void await(const MarkPtr& mark);
+  void pump_and_announce(std::unique_lock<std::mutex>& lock);
+  void watch_arrivals();
+  bool land_arrived(std::unique_lock<std::mutex>& lock);
+  void check_progress(std::unique_lock<std::mutex>& lock);
+  void fail_locked(std::unique_lock<std::mutex>& lock, std::exception_ptr error, bool stuck);
 
   Device* device_;  // null: virtual
   PrefetchPace prefetch_pace_;
@@ -182,6 +248,22 @@ class TransferEngine {
   Pace pace_[kNumLinks];
   std::uint64_t nbytes_moved_[kNumLinks] = {};
   std::vector<std::thread> threads_;
+
+  // Copies that an asynchronous device was told, by direction, in their order.
+  struct Told {
+    Claim claim;
+    MarkPtr mark;
+    double at;
+    double not_before;  // a throttled link's
+  };
+  std::deque<Told> told_[2];
+  double last_arrival_[2] = {};
+  std::condition_variable told_some_;
+  std::function<void()> on_issued_;
+  bool issued_some_ = false;
+  double watchdog_seconds_ = 0;
+  std::exception_ptr device_error_;
+  std::atomic<bool> device_failed_{false};
 
   // The virtual clock.
   struct Landing {
