@@ -126,5 +126,6 @@ PYBIND11_MODULE(_core, m) {
   bind_policy(m);
   bind_residency(m);
   bind_replay(m);
+  bind_device(m);
   bind_runtime(m);
 }

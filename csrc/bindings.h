@@ -67,7 +67,9 @@ inline std::vector<Key> to_vector(const KeyArray& keys) {
 }
 
 void bind_bounds(py::module_& m);
+void bind_device(py::module_& m);
 void bind_policy(py::module_& m);
+void bind_queue(py::module_& m);
 void bind_replay(py::module_& m);
 void bind_residency(py::module_& m);
 void bind_runtime(py::module_& m);

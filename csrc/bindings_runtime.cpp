@@ -204,7 +204,7 @@ void bind_runtime(py::module_& m) {
       .def(py::init(&make_tiers), py::kw_only(), py::arg("hbm"), py::arg("dram"),
            py::arg("hbm_reserved") = 0, py::arg("dram_reserved") = 0, py::arg("eviction") = "lru",
            py::arg("num_io_threads") = 4, py::arg("virtual_links") = py::none(),
-           py::arg("future") = py::none(), py::arg("device") = std::shared_ptr<Device>(),
+           py::arg("future") = py::none(), py::arg("device") = py::none(),
            py::arg("watchdog_seconds") = 60.0)
       .def(
           "add_blocks",

@@ -114,14 +114,29 @@ class Event:
     @property
     def slots(self) -> list[int]:
         """Byte offsets in HBM, by position."""
-    def wait_any(self) -> tuple[list[int], list[tuple[int, TieredMemError]]]:
+    def wait_any(self, compute: int = 0) -> tuple[list[int], list[tuple[int, TieredMemError]]]:
         """Wait for (positions newly in place, [(position, error)]); both empty after the last.
 
         Raises `RuntimeClosedError`, `ConfigError` after `release`.
         """
     def repaired(self, position: int) -> None:
         """Say that the caller has filled the slot of a failed position. Raises `IndexError`."""
-    def release(self) -> None: ...
+    def release(self, compute: int = 0) -> None:
+        """End the pins. The slots change once `compute` has done what it was given until now."""
+
+class Device:
+    """What copies between tiers' memories."""
+
+    @property
+    def host_accessible(self) -> bool:
+        """Whether its memory is host memory."""
+    @property
+    def asynchronous(self) -> bool: ...
+    @property
+    def stream_ordered(self) -> bool:
+        """Whether computing waits for copies by itself."""
+
+def host_device() -> Device: ...
 
 class Tiers:
     """HBM, DRAM and the links to the store. Sizes in bytes."""
@@ -137,8 +152,13 @@ class Tiers:
         num_io_threads: int = 4,
         virtual_links: Mapping[str, tuple[float, float]] | None = None,
         future: npt.ArrayLike | None = None,
+        device: Device | None = None,
+        watchdog_seconds: float = 60.0,
     ) -> None:
         """Raises `ConfigError`, `BudgetError`.
+
+        HBM is the memory of `device`, None: host memory. On one whose memory isn't the host's it
+        comes by `add_segment`. A device that moves nothing for `watchdog_seconds` has failed.
 
         With `virtual_links`, (bytes per second, seconds of latency) by link, no bytes move and time
         passes on a virtual clock: for one thread. `future` has the keys of all uses to come, in
@@ -146,6 +166,11 @@ class Tiers:
         """
     def add_blocks(self, keys: npt.ArrayLike, extents: Sequence[Extent]) -> None:
         """Tell where blocks come from. Raises `ConfigError`."""
+    def add_segment(self, address: int, nbytes: int, owner: object) -> None:
+        """Give HBM memory of the device. Slots in it are addresses. Raises `ConfigError`.
+
+        `owner` holds it until a smaller budget or the runtime's end lets it go.
+        """
     def add_virtual_blocks(self, keys: npt.ArrayLike, nbytes: npt.ArrayLike) -> None:
         """Tell of blocks that lie nowhere, for virtual links. Raises `ConfigError`."""
     def remove_space(self, space: int) -> None:
@@ -163,6 +188,10 @@ class Tiers:
         Raises `EventTooLargeError`, `ConfigError` for unknown or repeated keys,
         `RuntimeClosedError`.
         """
+    def acquire_resident(self, keys: npt.ArrayLike, stream: int = 0) -> Event | None:
+        """Pin the blocks if all are in HBM and ready, else None. Counts nothing: see `note_uses`."""
+    def note_uses(self, keys: npt.ArrayLike) -> None:
+        """Count an event that used these blocks in HBM, and tell the policy."""
     def hint(self, keys: npt.ArrayLike, stream: int = 0, exact: bool = False) -> None:
         """Predict the next event of one layer in `stream`, likeliest block first."""
     def announce(self, keys: npt.ArrayLike, stream: int = 0) -> list[bool]:
@@ -177,6 +206,11 @@ class Tiers:
     def resize_hbm(self, nbytes: int) -> bool:
         """Return False if pins or transfers hold memory back until they end."""
     def resize_dram(self, nbytes: int) -> bool: ...
+    def pin_dram(self, nbytes: int) -> int:
+        """Page-lock so many bytes more of DRAM's used memory; return how many, 0: all is.
+
+        Raises `DeviceError`.
+        """
     def throttle(self, link: str, bytes_per_second: float) -> None: ...
     def now(self) -> float:
         """Return the seconds on the runtime's clock."""
