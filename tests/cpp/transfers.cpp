@@ -28,8 +28,11 @@ using Log = std::vector<std::string>;
 class GatedDevice final : public Device {
  public:
   std::shared_ptr<Memory> allocate(std::uint64_t) override { return nullptr; }
+  std::shared_ptr<Memory> allocate_staging(std::uint64_t) override { return nullptr; }
   bool host_accessible() const override { return true; }
-  Mark copy_async(std::byte* target, const std::byte* source, std::uint64_t nbytes) override {
+  MarkPtr copy_async(Direction, const std::vector<Copy>& copies,
+                     const std::vector<MarkPtr>&) override {
+    const auto [target, source, nbytes] = copies.at(0);
     std::unique_lock lock(mutex_);
     const std::string label{static_cast<char>(source[0]), static_cast<char>(source[1])};
     log_.push_back(label);
@@ -40,9 +43,10 @@ class GatedDevice final : public Device {
     changed_.notify_all();
     if (failing_.count(label)) throw std::runtime_error("chunk " + label + " fails");
     std::memcpy(target, source, nbytes);
-    return 0;
+    return nullptr;
   }
-  void wait(Mark) override {}
+  bool reached(const MarkPtr&) override { return true; }
+  void wait(const MarkPtr&) override {}
 
   // Waits until a chunk is under way.
   void await(const std::string& label) {
