@@ -1,0 +1,142 @@
+"""A card made small: a model many times its size, with the tokens of the unmodified model.
+
+First the unmodified model writes a text with all its weights on the card. Then torch may take 6 GiB
+of the card and no more, and the model is loaded with `hbm="auto"`, its experts beyond that in DRAM;
+it writes the same text, or this benchmark fails. On the CPU, where no such limit can be set, the
+budget is given instead.
+
+    python benchmarks/gpu/bench_gpu_small.py [--smoke] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import gpu_common
+import torch
+from big_model import BigModel, big_model
+from gpu_common import DeviceMemory, bar
+from gpu_peers import UNMODIFIED, ours, release, resident_model
+from small_text import generate, prompt_of
+
+CARD_NBYTES = 6 << 30
+_TIMES = 4  # so many times the card's size is the model, at least
+
+
+def main() -> None:
+    options = _options()
+    big = big_model(options.dir, options.device, smoke=options.smoke, layers=options.layers)
+    prompt = prompt_of(big, options.prompt_tokens, options.device)
+    card = big.shape.experts_nbytes // 3 if options.smoke else CARD_NBYTES
+    runs = {UNMODIFIED: _unmodified(options, big, prompt)}
+    with _Card(options.device, card):
+        runs["ours"] = _ours(options, big, prompt, card)
+    summary = _summary(runs, big, card)
+    results = gpu_common.describe(options) | {
+        "model": big.as_dict(),
+        "settings": {
+            "card_nbytes": card,
+            "hbm": runs["ours"]["hbm"],
+            "dram": "auto",
+            "prompt_tokens": options.prompt_tokens,
+            "num_tokens": options.num_tokens,
+        },
+        "bars": [
+            bar("small card, share of tokens that are the same", summary["same_share"], 1),
+            bar("small card, model to card", summary["model_to_card"], _TIMES),
+            bar("small card, peak to card", summary["peak_to_card"], 1, at_most=True),
+        ],
+        "summary": summary,
+        "runs": runs,
+    }
+    gpu_common.write(options, results)
+    gpu_common.common.print_table([list(summary.values())], list(summary))
+    gpu_common.print_bars(results)
+    if summary["same_share"] < 1:
+        sys.exit(f"the text differs from token {summary['first_difference']} on")
+
+
+def _options() -> argparse.Namespace:
+    parser = gpu_common.parser(__doc__.splitlines()[0], "small")
+    parser.add_argument("--layers", type=int, default=0, help="default: as many as fit")
+    parser.add_argument("--prompt-tokens", type=int, help="256, or 12 with --smoke")
+    parser.add_argument("--num-tokens", type=int, help="of the text: 64, or 8 with --smoke")
+    options = gpu_common.parse(parser)
+    options.prompt_tokens = options.prompt_tokens or (12 if options.smoke else 256)
+    options.num_tokens = options.num_tokens or (8 if options.smoke else 64)
+    return options
+
+
+class _Card:
+    """Context manager: torch may take so many bytes of a CUDA device and no more."""
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        self._device, self._nbytes = device, nbytes
+
+    def __enter__(self) -> None:
+        if self._device.type == "cuda":
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            torch.cuda.set_per_process_memory_fraction(self._nbytes / total, self._device)
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, self._device)
+
+
+def _unmodified(options: argparse.Namespace, big: BigModel, prompt: torch.Tensor) -> dict[str, Any]:
+    model = resident_model(big, options.device)
+    run = _write(options, model, prompt)
+    del model
+    release(options.device)
+    return run
+
+
+def _ours(
+    options: argparse.Namespace, big: BigModel, prompt: torch.Tensor, card: int
+) -> dict[str, Any]:
+    hbm: int | str = card if options.device.type == "cpu" else "auto"
+    memory = DeviceMemory(options.device)
+    model = ours(big, options.device, hbm=hbm, dram="auto", prefetch="next-gate")
+    handle = model.tiered_mem
+    try:
+        run = _write(options, model, prompt)
+        return run | {
+            "hbm": hbm,
+            "hbm_nbytes": handle.budgets.hbm,
+            "dram_nbytes": handle.budgets.dram,
+            "stats": handle.stats().as_dict(),
+            "peaks": memory.peaks(),
+            "held_before_nbytes": memory.held_before,
+        }
+    finally:
+        handle.close()
+        del model
+        release(options.device)
+
+
+def _write(options: argparse.Namespace, model: Any, prompt: torch.Tensor) -> dict[str, Any]:
+    started = time.perf_counter()
+    tokens = generate(model, prompt, num_tokens=options.num_tokens)
+    return {"tokens": tokens, "seconds": time.perf_counter() - started}
+
+
+def _summary(runs: dict[str, dict[str, Any]], big: BigModel, card: int) -> dict[str, Any]:
+    expected, mine = runs[UNMODIFIED]["tokens"], runs["ours"]["tokens"]
+    same = [a == b for a, b in zip(expected, mine, strict=True)]
+    return {
+        "same_share": sum(same) / len(same),
+        "first_difference": same.index(False) if False in same else None,
+        "distinct_tokens": len(set(expected)),
+        "model_to_card": (big.shape.experts_nbytes + big.non_expert_nbytes) / card,
+        "peak_to_card": runs["ours"]["peaks"]["allocated"] / card,
+        "hbm_mb": runs["ours"]["hbm_nbytes"] / 1e6,
+        "hit_rate": runs["ours"]["stats"]["hit_rate"],
+        "tokens_per_second": len(mine) / runs["ours"]["seconds"],
+    }
+
+
+if __name__ == "__main__":
+    main()
