@@ -25,16 +25,17 @@ from typing import Any, NamedTuple
 
 import gpu_common
 import torch
-from big_model import BigModel, big_model
+from bars import bar, common, print_bars
+from big_model import BigModel, add_arguments, big_model
 from feeding import Feeder, host_syncs, layer_seconds
 from forced_routes import Foresight, as_trace, load_trace, routes_of
-from gpu_common import Links, bar, bound_seconds
+from gpu_common import Links, bound_seconds
 from gpu_peers import ACCELERATE, UNMODIFIED, accelerated, ours, release, resident_model
 
 RECALL = 0.886  # of Qwen3-30B-A3B's next-layer gates, published by BigMoeOnEdge
 BUDGETS = (10, 25, 50)  # % of the experts in HBM
 RESIDENT = "ours, all resident"
-_WATCHED = (3, 20)  # tokens after which logits are compared
+_WATCHED = (1, 20)  # tokens after which logits are compared
 
 
 class Plan(NamedTuple):
@@ -251,7 +252,7 @@ def _settings() -> list[Setting]:
 
 def main() -> None:
     options = _options()
-    big = big_model(options.dir, options.device, smoke=options.smoke, layers=options.layers)
+    big = big_model(options)
     decode = Decode(options, big)
     decode.run(UNMODIFIED, decode.unmodified)
     for setting in _settings():
@@ -266,7 +267,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = gpu_common.parser(__doc__.splitlines()[0], "decode")
     parser.add_argument("--trace", type=Path, help="expert routes: a CSV or npz of 128 experts")
-    parser.add_argument("--layers", type=int, default=0, help="default: as many as fit")
+    add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=5, help="medians are over so many")
     return gpu_common.parse(parser)
 
@@ -286,8 +287,8 @@ def _print(results: dict[str, Any]) -> None:
         [name, *("" if row.get(key) is None else row[key] for key in columns)]
         for name, row in results["summary"].items()
     ]
-    gpu_common.common.print_table(rows, ["peer", *columns.values()])
-    gpu_common.print_bars(results)
+    common.print_table(rows, ["peer", *columns.values()])
+    print_bars(results)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import argparse
 from typing import Any
 
 import gpu_common
-from big_model import BigModel, big_model
-from gpu_common import DeviceMemory, bar
+from bars import bar, common, print_bars
+from big_model import BigModel, add_arguments, big_model
+from gpu_common import DeviceMemory
 from gpu_peers import UNMODIFIED, ours, release, resident_model
 from small_text import generate, prompt_of
 
@@ -24,7 +25,7 @@ SLACK = 0.02
 
 def main() -> None:
     options = _options()
-    big = big_model(options.dir, options.device, smoke=options.smoke, layers=options.layers)
+    big = big_model(options)
     unmodified = _unmodified(options, big)
     mine = _ours(options, big)
     activations = unmodified["peaks"]["allocated"] - unmodified["loaded_nbytes"]
@@ -52,13 +53,13 @@ def main() -> None:
     gpu_common.write(options, results)
     rows = [[name, nbytes / 1e6] for name, nbytes in (parts | {"peak": used}).items()]
     rows.append(["taken from the card", mine["peaks"]["taken"] / 1e6])
-    gpu_common.common.print_table(rows, ["device memory", "MB"])
-    gpu_common.print_bars(results)
+    common.print_table(rows, ["device memory", "MB"])
+    print_bars(results)
 
 
 def _options() -> argparse.Namespace:
     parser = gpu_common.parser(__doc__.splitlines()[0], "memory")
-    parser.add_argument("--layers", type=int, default=0, help="default: as many as fit")
+    add_arguments(parser)
     parser.add_argument("--num-tokens", type=int, help="of the prompt: 4096, or 32 with --smoke")
     options = gpu_common.parse(parser)
     options.num_tokens = options.num_tokens or (32 if options.smoke else 4096)
@@ -81,8 +82,7 @@ def _ours(options: argparse.Namespace, big: BigModel) -> dict[str, Any]:
     memory = DeviceMemory(options.device)
     model = ours(big, options.device, hbm=whole * HBM_SHARE // 100, dram=whole)
     try:
-        model.tiered_mem.fill()  # loading counts as well: the peak is from before it
-        run = _run(options, big, model, memory)
+        run = _run(options, big, model, memory)  # the peak is counted from before the loading
         return run | {"budget_nbytes": model.tiered_mem.budgets.hbm}
     finally:
         model.tiered_mem.close()

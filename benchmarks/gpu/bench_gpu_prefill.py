@@ -17,10 +17,11 @@ from typing import Any
 
 import gpu_common
 import numpy as np
-from big_model import BigModel, big_model
+from bars import bar, common, print_bars
+from big_model import BigModel, add_arguments, big_model
 from feeding import Feeder
 from forced_routes import load_trace, routes_of
-from gpu_common import Links, bar, bound_seconds, seconds_of
+from gpu_common import Links, bound_seconds, seconds_of
 from gpu_peers import UNMODIFIED, ours, release, resident_model
 
 HBM_SHARE = 25  # % of the experts
@@ -28,7 +29,7 @@ HBM_SHARE = 25  # % of the experts
 
 def main() -> None:
     options = _options()
-    big = big_model(options.dir, options.device, smoke=options.smoke, layers=options.layers)
+    big = big_model(options)
     ids = routes_of(load_trace(options.trace, smoke=options.smoke), big.shape)
     repeats = -(-options.num_tokens // len(ids))
     feeder = Feeder(
@@ -51,14 +52,14 @@ def main() -> None:
         "runs": runs,
     }
     gpu_common.write(options, results)
-    gpu_common.common.print_table([list(summary.values())], list(summary))
-    gpu_common.print_bars(results)
+    common.print_table([list(summary.values())], list(summary))
+    print_bars(results)
 
 
 def _options() -> argparse.Namespace:
     parser = gpu_common.parser(__doc__.splitlines()[0], "prefill")
     parser.add_argument("--trace", type=Path, help="expert routes: a CSV or npz of 128 experts")
-    parser.add_argument("--layers", type=int, default=0, help="default: as many as fit")
+    add_arguments(parser)
     parser.add_argument("--num-tokens", type=int, help="of the prompt: 4096, or 64 with --smoke")
     parser.add_argument("--rounds", type=int, default=5, help="medians are over so many")
     options = gpu_common.parse(parser)

@@ -17,8 +17,9 @@ from typing import Any
 
 import gpu_common
 import torch
-from big_model import BigModel, big_model
-from gpu_common import DeviceMemory, bar
+from bars import bar, common, print_bars
+from big_model import BigModel, add_arguments, big_model
+from gpu_common import DeviceMemory
 from gpu_peers import UNMODIFIED, ours, release, resident_model
 from small_text import generate, prompt_of
 
@@ -28,7 +29,7 @@ _TIMES = 4  # so many times the card's size is the model, at least
 
 def main() -> None:
     options = _options()
-    big = big_model(options.dir, options.device, smoke=options.smoke, layers=options.layers)
+    big = big_model(options)
     prompt = prompt_of(big, options.prompt_tokens, options.device)
     card = big.shape.experts_nbytes // 3 if options.smoke else CARD_NBYTES
     runs = {UNMODIFIED: _unmodified(options, big, prompt)}
@@ -53,15 +54,15 @@ def main() -> None:
         "runs": runs,
     }
     gpu_common.write(options, results)
-    gpu_common.common.print_table([list(summary.values())], list(summary))
-    gpu_common.print_bars(results)
+    common.print_table([list(summary.values())], list(summary))
+    print_bars(results)
     if summary["same_share"] < 1:
         sys.exit(f"the text differs from token {summary['first_difference']} on")
 
 
 def _options() -> argparse.Namespace:
     parser = gpu_common.parser(__doc__.splitlines()[0], "small")
-    parser.add_argument("--layers", type=int, default=0, help="default: as many as fit")
+    add_arguments(parser)
     parser.add_argument("--prompt-tokens", type=int, help="256, or 12 with --smoke")
     parser.add_argument("--num-tokens", type=int, help="of the text: 64, or 8 with --smoke")
     options = gpu_common.parse(parser)

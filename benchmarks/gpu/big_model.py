@@ -9,8 +9,10 @@ reads the hole. `resident_model` copies the same windows into an unmodified mode
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ from typing import Any
 
 import psutil
 import torch
-from gpu_common import common
+from bars import common
 from random_model import DOWN_SCALE, EMBEDDING_STD, Shape
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -44,6 +46,7 @@ _DISK_ROOM = 4 << 30
 _HOST_ROOM = 16 << 30
 _CARD_ROOM = 8 << 30  # non-expert weights, activations and torch's own, beside all experts
 _TRANSACTION_NBYTES = 1 << 30
+_LMDB_RATE = 1e9  # bytes a second into its pages, before they are written (measured)
 
 
 @dataclass(frozen=True)
@@ -74,20 +77,28 @@ class BigModel:
         }
 
 
-def big_model(folder: Path, device: torch.device, *, smoke: bool, layers: int = 0) -> BigModel:
-    """Return the model in `folder`, made now or by an earlier run.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=int, default=0, help="of the model; 0: as many as fit")
+    parser.add_argument(
+        "--make-seconds", type=int, default=0, help="fewer layers, if writing all takes longer"
+    )
 
-    It has as many layers as disk, host memory and card hold, or `layers`. A store that was left
-    half-written is gone on with; one of other sizes is replaced.
+
+def big_model(options: argparse.Namespace) -> BigModel:
+    """Return the model in the folder `options.dir`, made now or by an earlier run.
+
+    It has `options.layers` layers, or as many as disk, host memory and card hold. A store that was
+    left half-written is gone on with; one of other sizes is replaced.
     """
+    folder, layers = options.dir, options.layers
     mark = folder / "big-model.json"
-    shape = SMOKE if smoke else FULL
+    shape = SMOKE if options.smoke else FULL
     if layers:
         shape = replace(shape, num_layers=layers)
     if not (mark.exists() and _same(mark, shape, layers)):
         shutil.rmtree(folder / shape.name, ignore_errors=True)
-        if not (layers or smoke):
-            shape = replace(shape, num_layers=_layers_that_fit(shape, folder, device))
+        if not (layers or options.smoke):
+            shape = replace(shape, num_layers=_layers_that_fit(shape, options))
         (folder / shape.name).mkdir(parents=True)
         _write_checkpoint(shape, folder / shape.name)
         mark.write_text(json.dumps(asdict(shape)))
@@ -170,18 +181,41 @@ def _same(mark: Path, shape: Shape, layers: int) -> bool:
     return bool(made == wanted)
 
 
-def _layers_that_fit(shape: Shape, folder: Path, device: torch.device) -> int:
-    """Return how many layers of experts each of disk, host memory and card hold, the least."""
+def _layers_that_fit(shape: Shape, options: argparse.Namespace) -> int:
+    """Return how many layers of experts each of disk, host memory and card hold, the least.
+
+    And how many can be written in `options.make_seconds`, if that is given.
+    """
     pages = -(-shape.expert_nbytes // ALIGNMENT) + 1
     layer_nbytes = shape.num_experts * pages * ALIGNMENT
-    rooms = [psutil.disk_usage(str(folder)).free - _DISK_ROOM]
-    rooms.append(psutil.virtual_memory().available - _HOST_ROOM)
-    if device.type == "cuda":
-        rooms.append(torch.cuda.mem_get_info(device)[1] - _CARD_ROOM)
-    fitting = min(rooms) // layer_nbytes
+    rooms = {"disk": psutil.disk_usage(str(options.dir)).free - _DISK_ROOM}
+    rooms["host memory"] = psutil.virtual_memory().available - _HOST_ROOM
+    if options.device.type == "cuda":
+        rooms["card"] = torch.cuda.mem_get_info(options.device)[1] - _CARD_ROOM
+    if options.make_seconds:
+        rooms["time to write"] = int(options.make_seconds * _write_rate(options.dir))
+    narrowest = min(rooms, key=rooms.__getitem__)
+    fitting = rooms[narrowest] // layer_nbytes
     if fitting < 1:
-        raise SystemExit(f"not one layer of {layer_nbytes} bytes fits: there are {rooms}")
+        raise SystemExit(f"not one layer of {layer_nbytes} bytes fits the {narrowest}: {rooms}")
+    if fitting < shape.num_layers:
+        print(f"{fitting} of {shape.num_layers} layers: the {narrowest} allows no more")
     return int(min(shape.num_layers, fitting))
+
+
+def _write_rate(folder: Path) -> float:
+    """Return bytes per second at which a store is written: into LMDB's pages, then to the disk."""
+    block = torch.randint(256, (1 << 28,), dtype=torch.uint8).numpy().tobytes()
+    path = folder / "write-rate"
+    started = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(4):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return 1 / (seconds / (4 * len(block)) + 1 / _LMDB_RATE)
 
 
 def _config(shape: Shape) -> Qwen3MoeConfig:
@@ -242,10 +276,10 @@ def main() -> None:
     import gpu_common
 
     parser = gpu_common.parser(__doc__.splitlines()[0], "big_model")
-    parser.add_argument("--layers", type=int, default=0, help="default: as many as fit")
+    add_arguments(parser)
     options = gpu_common.parse(parser)
     started = time.perf_counter()
-    big = big_model(options.dir, options.device, smoke=options.smoke, layers=options.layers)
+    big = big_model(options)
     seconds = time.perf_counter() - started
     results = gpu_common.describe(options) | {"model": big.as_dict(), "seconds": seconds}
     gpu_common.write(options, results)

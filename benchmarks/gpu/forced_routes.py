@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gpu_common  # noqa: F401  # puts the folder above on the path
+import bars  # noqa: F401  # puts the folder above on the path
 import numpy as np
 import numpy.typing as npt
 import torch

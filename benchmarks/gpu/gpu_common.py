@@ -1,13 +1,12 @@
 """What the benchmarks of the GPU share: arguments, the card, timing, links, memory and bars.
 
-It stands upon benchmarks/common.py, which scripts in this folder reach as `gpu_common.common`.
+It stands upon benchmarks/common.py, which it passes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,10 +16,7 @@ from typing import Any
 
 import psutil
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import common  # the folder above, put on the path just now
+from bars import common
 from decode_peers import rss_anon
 from raw_read import best_rate
 
@@ -82,25 +78,11 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
     return where | {"device": device, "claims": _NO_CLAIM if options.smoke else "measured"}
 
 
-def bar(what: str, value: float, needed: float, *, at_most: bool = False) -> dict[str, Any]:
-    """Return one figure beside what it must reach."""
-    met = value <= needed if at_most else value >= needed
-    sign = "<=" if at_most else ">="
-    return {"what": what, "is": round(value, 4), "bar": f"{sign} {needed:g}", "met": met}
-
-
 def write(options: argparse.Namespace, results: dict[str, Any]) -> None:
     """Write results; of a smoke run no bar is met or missed."""
     if options.smoke:
         results["bars"] = [line | {"met": None} for line in results.get("bars", [])]
     common.write_results(options, results)
-
-
-def print_bars(results: dict[str, Any]) -> None:
-    words = {True: "met", False: "MISSED", None: "no claim"}
-    rows = [[b["what"], b["is"], b["bar"], words[b["met"]]] for b in results["bars"]]
-    if rows:
-        common.print_table(rows, ["bar", "is", "must be", ""])
 
 
 # --- time ---
