@@ -1,0 +1,85 @@
+// How events of Tiers end: pins, slots that computing may still read, and repairs left undone.
+#include <iterator>
+#include <utility>
+
+#include "error.h"
+#include "tiers.h"
+
+namespace tiered_mem {
+
+void Tiers::release(Event& event, Compute compute) {
+  if (forked()) return;
+  {
+    refuse_in_policy();
+    Lock lock(mutex_);
+    if (event.released_) return;
+    event.released_ = true;
+    settle_ended();
+    unpin_all({event.keys_, event.slots_, event.stream_, compute, &event});
+    finish_resize();
+  }
+  changed_.notify_all();
+}
+
+void Tiers::unpin_all(const Orphan& holds) {
+  abandon_repairs(holds.event);
+  guard_slots(holds.slots, holds.compute);
+  for (Key key : holds.keys) hbm_.unpin(*hbm_.find(key));
+  const auto holder = holders_.find(holds.stream);
+  if (--holder->second == 0) holders_.erase(holder);
+}
+
+// Takes no lock that could be held while Python runs.
+void Tiers::orphan(Event& event) {
+  if (event.released_ || forked()) return;
+  event.released_ = true;
+  {
+    const std::lock_guard lock(orphans_mutex_);
+    orphans_.push_back(
+        {std::move(event.keys_), std::move(event.slots_), event.stream_, event.compute_, &event});
+    has_orphans_ = true;
+  }
+  changed_.notify_all();
+}
+
+void Tiers::release_orphans() {
+  if (!has_orphans_) return;
+  std::vector<Orphan> all;
+  {
+    const std::lock_guard lock(orphans_mutex_);
+    all.swap(orphans_);
+    has_orphans_ = false;
+  }
+  for (const Orphan& orphan : all) unpin_all(orphan);
+  finish_resize();
+}
+
+// Two events may share a block that failed, and only one of them at a time may fill it. A stream's
+// own events take turns by themselves.
+bool Tiers::others_repair(const Event& event, Key key) const {
+  const auto found = repairs_.find(key);
+  return found != repairs_.end() && found->second.stream != event.stream_;
+}
+
+void Tiers::abandon_repairs(const Event* event) {
+  bool any = false;
+  for (auto it = repairs_.begin(); it != repairs_.end();) {
+    const bool own = it->second.event == event;
+    any |= own;
+    it = own ? repairs_.erase(it) : std::next(it);
+  }
+  if (any) changed_.notify_all();
+}
+
+// Slots that what was given to `compute` may read.
+void Tiers::guard_slots(const std::vector<Slot>& slots, Compute compute) {
+  if (!device_->asynchronous() || engine_.is_virtual()) return;
+  try {
+    if (const MarkPtr mark = device_->mark_compute(compute))
+      for (Slot slot : slots) last_uses_[slot] = mark;
+  } catch (const Error&) {  // whoever releases may not fail
+    engine_.fail_device(std::current_exception());
+  }
+}
+
+}  // namespace tiered_mem
