@@ -161,7 +161,8 @@ std::shared_ptr<Tiers> make_tiers(uint64_t hbm, uint64_t dram, uint64_t hbm_rese
                                   uint64_t dram_reserved, const std::string& eviction,
                                   size_t num_io_threads, const py::object& virtual_links,
                                   const std::optional<KeyArray>& future,
-                                  std::shared_ptr<Device> device, double watchdog_seconds) {
+                                  std::shared_ptr<Device> device, double watchdog_seconds,
+                                  bool copy_back) {
   TiersConfig config;
   config.hbm_nbytes = hbm;
   config.dram_nbytes = dram;
@@ -170,6 +171,7 @@ std::shared_ptr<Tiers> make_tiers(uint64_t hbm, uint64_t dram, uint64_t hbm_rese
   config.eviction = eviction;
   config.num_io_threads = num_io_threads;
   config.watchdog_seconds = watchdog_seconds;
+  config.copy_back = copy_back;
   if (!device) device = make_host_device();
   if (future) config.future = to_vector(*future);
   if (!virtual_links.is_none()) config.virtual_links = to_link_speeds(virtual_links);
@@ -205,7 +207,7 @@ void bind_runtime(py::module_& m) {
            py::arg("hbm_reserved") = 0, py::arg("dram_reserved") = 0, py::arg("eviction") = "lru",
            py::arg("num_io_threads") = 4, py::arg("virtual_links") = py::none(),
            py::arg("future") = py::none(), py::arg("device") = py::none(),
-           py::arg("watchdog_seconds") = 60.0)
+           py::arg("watchdog_seconds") = 60.0, py::arg("copy_back") = true)
       .def(
           "add_blocks",
           [](Tiers& tiers, const KeyArray& keys,

@@ -83,6 +83,12 @@ void TransferEngine::pump_locked(std::unique_lock<std::mutex>& lock) {
     for (Claim claimed; claim(claimed, {Claimant::Kind::device, {}}); claimed = {}) {
       any = true;
       const auto i = static_cast<std::size_t>(direction_of(claimed.transfer->link));
+      try {
+        claimed.transfer->check_feeder();
+      } catch (...) {
+        land(lock, claimed, std::current_exception());
+        continue;
+      }
       std::vector<MarkPtr> marks;
       try {
         marks = dependencies(*claimed.transfer);
@@ -179,6 +185,14 @@ void TransferEngine::move_staged(const Claim& claim, Scratch& scratch, Stages& s
                                  std::unique_lock<std::mutex>& lock) {
   const std::shared_ptr<Transfer> transfer = claim.transfer;
   const std::uint64_t first = claim.chunk * kChunk;
+  if (transfer->into_dram && transfer->extent) {  // host memory: no device has a part in it
+    lock.unlock();
+    read_chunk(*transfer->extent, claim.chunk, transfer->target + first, scratch);
+    lock.lock();
+    wait_for_turn(transfer->link, claim.nbytes, lock);
+    land(lock, claim, nullptr);
+    return;
+  }
   const std::size_t turn = stages.next++ % kStagesPerThread;
   const bool out = transfer->link == Link::hbm_to_dram;
   const std::vector<MarkPtr> before = out ? dependencies(*transfer) : std::vector<MarkPtr>{};
@@ -203,8 +217,7 @@ void TransferEngine::move_staged(const Claim& claim, Scratch& scratch, Stages& s
     read_chunk(*transfer->extent, claim.chunk, stage, scratch);
     nbytes = transfer->extent->chunks[claim.chunk].raw_nbytes;
   } else {
-    if (transfer->fed_by && transfer->fed_by->status() != Transfer::Status::done)
-      throw Error("the block was to be copied from a copy that didn't arrive");
+    transfer->check_feeder();
     std::copy_n(transfer->source + first, nbytes, stage);
   }
   lock.lock();

@@ -271,7 +271,7 @@ void Tiers::load(Event& event, std::size_t position, Block& block) {
   hbm_.pin(block);
   event.slots_[position] = block.slot;
   event.tickets_[position] = start_load(block, Priority::demand, 0);
-  const bool from_dram = event.tickets_[position]->link == Link::dram_to_hbm;
+  const bool from_dram = !event.tickets_[position]->from_store;
   log(from_dram ? Happening::dram_hit : Happening::nvme_read, block.key);
   if (from_dram) {
     ++stats_.num_dram_hits;

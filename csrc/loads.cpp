@@ -16,6 +16,11 @@ Tiers::Ticket Tiers::start_load(Block& block, Priority priority, std::uint32_t r
   if (auto used = last_uses_.extract(block.slot))
     transfer->after_marks.push_back(std::move(used.mapped()));
   Block* copy = has_dram_ ? dram_.find(key) : nullptr;
+  transfer->from_store = copy == nullptr || copy->state == State::failed;
+  if (copy == nullptr && has_dram_ && !copy_back_) {
+    start_feeding(key, priority, rank);
+    copy = dram_.find(key);
+  }
   if (copy != nullptr && copy->state != State::failed) {
     transfer->link = Link::dram_to_hbm;
     transfer->nbytes = copy->slot_nbytes;
@@ -23,7 +28,7 @@ Tiers::Ticket Tiers::start_load(Block& block, Priority priority, std::uint32_t r
     dram_.pin(*copy);
     // What HBM has is the first that DRAM can do without. Said now rather than when it arrives, so
     // that the order of arrivals decides nothing.
-    dram_.demote_rank(*copy);
+    if (copy_back_) dram_.demote_rank(*copy);
     if (const auto arriving = demotions_.find(key); arriving != demotions_.end())
       transfer->fed_by = arriving->second;
   } else {
@@ -53,7 +58,7 @@ void Tiers::settle_ended() {
   std::vector<Ended> all;
   all.swap(ended_);
   for (const Ended& ended : all) {
-    if (ended.ticket->link == Link::hbm_to_dram)
+    if (ended.ticket->into_dram)
       settle_demotion(ended);
     else
       settle_load(ended.key, *ended.ticket);
@@ -98,27 +103,52 @@ void Tiers::handle_victims(const std::vector<Victim>& victims, Priority priority
     if (!has_dram_) continue;
     if (Block* copy = dram_.find(victim.key))
       dram_.use(*copy);
-    else if (victim.slot_reused && !victim.unused_guess)
+    else if (copy_back_ && victim.slot_reused && !victim.unused_guess)
       start_demotion(victim, priority);
   }
 }
 
-// Does nothing if DRAM has no room now.
-void Tiers::start_demotion(const Victim& victim, Priority priority) {
+// nullptr if DRAM has no room now.
+Block* Tiers::admit_to_dram(Key key, std::uint64_t nbytes) {
   std::vector<Victim> dropped;
   try {
-    if (dram_.admit({{victim.key, victim.nbytes}}, Entry::demanded, dropped) != Admission::ok)
-      return;
-  } catch (const PolicyError&) {  // the block has left HBM already: it does without the copy
+    if (dram_.admit({{key, nbytes}}, Entry::demanded, dropped) != Admission::ok) return nullptr;
+  } catch (const PolicyError&) {  // the block's place in HBM is settled: it does without the copy
     policy_error_ = std::current_exception();
-    return;
+    return nullptr;
   }
+  return dram_.find(key);
+}
+
+// Reads a block into DRAM, if there is room now.
+void Tiers::start_feeding(Key key, Priority priority, std::uint32_t rank) {
+  auto transfer = std::make_shared<Transfer>();
+  transfer->extent = source_of(key);
+  transfer->nbytes = transfer->extent->nbytes;
+  const Block* copy = admit_to_dram(key, round_to_pages(transfer->nbytes));
+  if (copy == nullptr) return;
+  transfer->link = Link::nvme_to_hbm;
+  transfer->into_dram = true;
+  transfer->due = clock_;
+  transfer->probability = -static_cast<double>(rank);
+  transfer->target = dram(copy->slot);
+  transfer->keep_alive = {dram_memory_};
+  transfer->on_end = [this, key](Transfer& ended) { on_end({key, 0, ended.shared_from_this()}); };
+  demotions_[key] = transfer;
+  submit(transfer, priority);
+}
+
+// Does nothing if DRAM has no room now.
+void Tiers::start_demotion(const Victim& victim, Priority priority) {
+  const Block* copy = admit_to_dram(victim.key, victim.nbytes);
+  if (copy == nullptr) return;
   auto transfer = std::make_shared<Transfer>();
   transfer->link = Link::hbm_to_dram;
+  transfer->into_dram = true;
   transfer->due = clock_;
   transfer->nbytes = victim.nbytes;
   transfer->source = hbm(victim.slot);
-  transfer->target = dram(dram_.find(victim.key)->slot);
+  transfer->target = dram(copy->slot);
   transfer->keep_alive = {hbm_memory_, dram_memory_};
   transfer->on_end = [this, key = victim.key, slot = victim.slot](Transfer& ended) {
     on_end({key, slot, ended.shared_from_this()});

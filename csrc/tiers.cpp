@@ -46,6 +46,7 @@ Tiers::Tiers(const TiersConfig& config, std::shared_ptr<Device> device, Poll pol
       dram_(Arena(config.dram_nbytes, config.dram_reserved),
             make_policy(config.future ? "lru" : config.eviction)),
       has_dram_(config.dram_nbytes > 0),
+      copy_back_(config.copy_back),
       max_guessed_nbytes_(config.hbm_nbytes / kGuessShare),
       engine_(make_engine(config, *device_)) {
   if (device_->host_accessible())

@@ -6,7 +6,8 @@
 //
 // DRAM holds what HBM lets go (a victim is copied back over the idle direction) and keeps what
 // HBM takes from it as the first to leave, so the two together hold nearly the sum of both
-// budgets, and no block is copied back that still lies in DRAM.
+// budgets, and no block is copied back that still lies in DRAM. Where copies back would slow those
+// in down (`copy_back` off), DRAM gets what is read from NVMe, on its way, and HBM's victims go.
 #pragma once
 
 #include <array>
@@ -42,6 +43,9 @@ struct TiersConfig {
   std::string eviction = "lru";
   std::size_t num_io_threads = 4;
   double watchdog_seconds = 60;
+  /// Whether DRAM gets what HBM lets go, over the link's idle direction, so that the two tiers hold
+  /// different blocks. Else what is read goes through DRAM and stays there.
+  bool copy_back = true;
   /// Virtual links: no bytes move, and time passes on a virtual clock.
   std::optional<LinkSpeeds> virtual_links;
   /// Every use to come of HBM's blocks, in order: for the policy that knows it, without DRAM.
@@ -244,6 +248,8 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   void submit(const Ticket& transfer, Priority priority);
   Ticket start_load(Block& block, Priority priority, std::uint32_t rank);
   void start_demotion(const Victim& victim, Priority priority);
+  void start_feeding(Key key, Priority priority, std::uint32_t rank);
+  Block* admit_to_dram(Key key, std::uint64_t nbytes);
   void handle_victims(const std::vector<Victim>& victims, Priority priority);
   struct Ended {
     Key key;
@@ -283,6 +289,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   std::unordered_map<Slot, MarkPtr> last_uses_;  // HBM slots that computing may still read
   Residency hbm_, dram_;
   bool has_dram_;
+  bool copy_back_;
   std::uint64_t max_guessed_nbytes_;
   FlatMap<Source> sources_;
   std::unordered_map<Key, Ticket> loads_;      // into HBM, in flight

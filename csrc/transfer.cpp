@@ -13,6 +13,13 @@ const char* link_name(Link link) {
   return names[static_cast<std::size_t>(link)];
 }
 
+// Throws why the source wasn't filled.
+void Transfer::check_feeder() const {
+  if (!fed_by || !fed_by->ended() || fed_by->status() == Status::done) return;
+  if (fed_by->error()) std::rethrow_exception(fed_by->error());
+  throw Error("the block was to be copied from a copy that didn't arrive");
+}
+
 std::uint32_t Transfer::num_chunks() const {
   if (extent) return static_cast<std::uint32_t>(extent->chunks.size());
   if (direct_) return 1;
@@ -296,8 +303,7 @@ void TransferEngine::move(const Claim& claim, Scratch& scratch) {
       read_piece(*transfer.extent, claim.chunk, claim.first, claim.nbytes, target);
     return;
   }
-  if (transfer.fed_by && transfer.fed_by->status() != Transfer::Status::done)
-    throw Error("the block was to be copied from a copy that didn't arrive");
+  transfer.check_feeder();
   const std::uint64_t first = claim.chunk * kChunk + claim.first;
   const Direction direction = transfer.link == Link::hbm_to_dram ? Direction::out : Direction::in;
   device_->wait(device_->copy_async(

@@ -55,6 +55,8 @@ class Transfer : public std::enable_shared_from_this<Transfer> {
 
   Link link;
   std::uint64_t nbytes = 0;
+  bool into_dram = false;
+  bool from_store = false;  // by way of DRAM, too
   std::byte* target = nullptr;
   /// Source: a block of a file, or other memory.
   std::shared_ptr<const Extent> extent;
@@ -85,6 +87,7 @@ class Transfer : public std::enable_shared_from_this<Transfer> {
 
  private:
   friend class TransferEngine;
+  void check_feeder() const;
   std::uint32_t num_chunks() const;
   bool all_claimed() const { return next_chunk_ >= num_chunks(); }
   std::byte* host_side() const {

@@ -13,7 +13,7 @@ import pytest
 from blocks import PAGE, Blocks, write_blocks
 
 from tiered_mem import _core
-from tiered_mem.errors import ConfigError, EventTooLargeError, TransferError
+from tiered_mem.errors import ChecksumError, ConfigError, EventTooLargeError, TransferError
 from tiered_mem.keys import BlockKey, Kind
 
 SIZES = [3 * PAGE - 100, _core.CHUNK_NBYTES + 2 * PAGE]
@@ -108,15 +108,18 @@ def random_events(blocks: Blocks, count: int) -> Iterator[list[int]]:
         yield [keys[12 * layer + i] for i in rng.choice(12, 3, replace=False)]
 
 
-@pytest.mark.parametrize("dram", [0, 6 << 20])
-def test_bytes_arrive_whatever_is_evicted(blocks: Blocks, dram: int) -> None:
-    with tiers_on_device(blocks, [5 << 20, 4 << 20], dram, num_io_threads=3) as (tiers, _):
+@pytest.mark.parametrize(("dram", "copy_back"), [(0, True), (6 << 20, True), (6 << 20, False)])
+def test_bytes_arrive_whatever_is_evicted(blocks: Blocks, dram: int, copy_back: bool) -> None:
+    options = {"num_io_threads": 3, "copy_back": copy_back}
+    with tiers_on_device(blocks, [5 << 20, 4 << 20], dram, **options) as (tiers, _):
         for keys in random_events(blocks, 120):
             tiers.hint(np.array(keys[:2], np.uint64), exact=True)
             check_event(tiers, blocks, keys)
         stats = tiers.stats()
         assert stats["num_evictions"] > 0
         assert (stats["num_dram_hits"] > 0) == (dram > 0)
+        moved = stats["nbytes_moved"]
+        assert (moved["hbm_to_dram"] > 0) == (dram > 0 and copy_back)
 
 
 def test_an_event_that_no_segment_holds_is_refused(blocks: Blocks) -> None:
@@ -202,3 +205,34 @@ def test_what_is_resident_is_pinned_without_a_use(blocks: Blocks) -> None:
         after = tiers.stats()
         assert after["num_hbm_hits"] == before["num_hbm_hits"] + 2
         assert after["num_events"] == before["num_events"] + 1
+
+
+@pytest.mark.parametrize("hbm", [5 << 20, 9 << 20])
+def test_without_copies_back_dram_keeps_what_is_read(blocks: Blocks, hbm: int) -> None:
+    tiers = _core.Tiers(hbm=hbm, dram=20 << 20, copy_back=False)
+    blocks.add_to(tiers)
+    memory = np.frombuffer(memoryview(tiers.hbm_memory()), np.uint8)
+    keys = list(blocks.bytes)
+    for _ in range(2):
+        for key in keys:
+            event = tiers.acquire(np.array([key], np.uint64))
+            assert event.wait_any() == ([0], [])
+            right = blocks.bytes[key]
+            slot = event.slots[0]
+            np.testing.assert_array_equal(memory[slot : slot + right.nbytes], right)
+            event.release()
+    stats = tiers.stats()
+    assert stats["num_nvme_reads"] == len(keys)  # DRAM holds all of them by the second round
+    assert stats["num_dram_hits"] > 0 and stats["nbytes_moved"]["hbm_to_dram"] == 0
+    tiers.close()
+
+
+def test_damage_found_on_the_way_through_dram_is_told_as_such(blocks: Blocks) -> None:
+    damaged = next(iter(blocks.bytes))
+    blocks.flip_bit(damaged)
+    with tiers_on_device(blocks, [5 << 20], 8 << 20, copy_back=False) as (tiers, _):
+        event = tiers.acquire(np.array([damaged], np.uint64))
+        ready, failed = event.wait_any()
+        assert not ready and isinstance(failed[0][1], ChecksumError)
+        event.release()
+        check_event(tiers, blocks, list(blocks.bytes)[1:4])

@@ -154,11 +154,13 @@ class Tiers:
         future: npt.ArrayLike | None = None,
         device: Device | None = None,
         watchdog_seconds: float = 60.0,
+        copy_back: bool = True,
     ) -> None:
         """Raises `ConfigError`, `BudgetError`.
 
         HBM is the memory of `device`, None: host memory. On one whose memory isn't the host's it
         comes by `add_segment`. A device that moves nothing for `watchdog_seconds` has failed.
+        Without `copy_back` DRAM keeps what is read through it rather than what HBM lets go.
 
         With `virtual_links`, (bytes per second, seconds of latency) by link, no bytes move and time
         passes on a virtual clock: for one thread. `future` has the keys of all uses to come, in
