@@ -18,6 +18,7 @@ from tiered_mem.hf.detect import require_experts
 from tiered_mem.hf.expert_layer import ExpertLayer
 from tiered_mem.hf.layout import ExpertLayout, per_expert_tensors
 from tiered_mem.hf.loading import Loading, default_model_class, intercept_loading, load_config
+from tiered_mem.hf.quantised import asks_to_dequantise, loading_options
 from tiered_mem.hf.recipe import Recipe, group_keys
 from tiered_mem.hf.tensor_file import TensorFile, TensorInfo
 
@@ -65,6 +66,7 @@ class Checkpoint:
                 self._layers.append(ExpertLayer(root, loading.model.get_submodule(root), recipes))
             self.layer_of[name] = self.names.index(root)
         self.keeps_stored = keep_stored
+        self.loading_options: dict[str, Any] = {}
         self.layouts = [
             layer.lay_out(infos, self.config, self._quantizer, keep_stored)
             for layer in self._layers
@@ -81,29 +83,35 @@ class Checkpoint:
         *,
         dtype: str | torch.dtype | None = None,
         model_class: type[Any] | None = None,
+        dequantise: bool = False,
         **hf_kwargs: Any,
     ) -> Checkpoint:
         """Open a local directory or hub id as `model_class.from_pretrained` would, reading headers.
 
         `dtype` and `hf_kwargs` mean what they mean there (None and "auto": the checkpoint's own).
-        `model_class` defaults to what `default_model_class` finds. A model that can't be wrapped is
-        refused before a file of weights is fetched or opened. Raises what `Checkpoint()` does, and
-        `UnsupportedModelError` for quantisation whose package isn't installed.
+        `model_class` defaults to what `default_model_class` finds. Quantised experts stay so in
+        their blocks, unless `dequantise` or `quantization_config` (`dequantize=True`) says
+        otherwise; `loading_options` are those to load the rest with. A model that can't be wrapped
+        is refused before a file of weights is fetched or opened. Raises what `Checkpoint()` does,
+        and `UnsupportedModelError` for quantisation whose package isn't installed.
         """
         path = os.fspath(path_or_id)
         _require_local(path)
         try:
             model_class = model_class or default_model_class(path, **hf_kwargs)
             _refuse_by_config(path, model_class, hf_kwargs)
+            keep_stored = not (dequantise or asks_to_dequantise(hf_kwargs))
+            options = loading_options(load_config(path, **hf_kwargs), hf_kwargs)
             taken: list[Checkpoint] = []
 
             def take(loading: Loading, resume: Any) -> Any:
-                taken.append(cls(loading))
+                taken.append(cls(loading, keep_stored=keep_stored))
                 raise _Taken
 
             with intercept_loading(take):
-                model_class.from_pretrained(path, dtype=dtype, **hf_kwargs)
+                model_class.from_pretrained(path, dtype=dtype, **options)
         except _Taken:
+            taken[0].loading_options = options
             return taken[0]
         except ImportError as error:
             raise UnsupportedModelError(f"transformers can't load {path} here: {error}") from error

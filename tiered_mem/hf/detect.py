@@ -68,6 +68,9 @@ def require_experts(model: PreTrainedModel) -> list[ExpertsModule]:
     kind = f"model type {model.config.model_type!r} ({type(model).__name__})"
     experts = find_experts(model)
     if not experts:
+        for name, module in model.named_modules():
+            if type(module).__name__ == "Mxfp4GptOssExperts":
+                raise _computes_quantised(kind, name, module)
         parts = sorted({type(m).__name__ for m in model.modules() if _is_moe_part(m)})
         if parts:
             raise UnsupportedModelError(
@@ -81,13 +84,19 @@ def require_experts(model: PreTrainedModel) -> list[ExpertsModule]:
         )
     for name, module, _ in experts:
         if experts_interface(module) is not ALL_EXPERTS_FUNCTIONS:
-            raise UnsupportedModelError(
-                f"{kind} runs quantised experts ({type(module).__name__} at {name}) by kernels of "
-                "its own; dequantise it on load: pass quantization_config with dequantize=True"
-            )
+            raise _computes_quantised(kind, name, module)
         if not per_expert_tensors(module):
             raise UnsupportedModelError(f"{kind} has no parameter per expert in {name}")
     return experts
+
+
+def _computes_quantised(kind: str, name: str, module: nn.Module) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{kind} runs quantised experts ({type(module).__name__} at {name}) by kernels of its own, "
+        "which take a layer's experts together; load the checkpoint without quantization_config "
+        "(fp8 and mxfp4 experts then stay quantised in every tier), or dequantise it on load: pass "
+        "quantization_config with dequantize=True"
+    )
 
 
 def _is_moe_part(module: nn.Module) -> bool:

@@ -16,19 +16,20 @@ from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.hf.detect import ExpertsModule, find_experts, require_experts
 from tiered_mem.hf.layout import ExpertLayout, per_expert_tensors
 from tiered_mem.hf.loading import Loading, intercept_loading
+from tiered_mem.hf.quantised import tell_of_conversions
 
 __all__ = ["ExpertsModule", "find_experts", "hollow_experts", "hollow_model"]
 
 
 @contextmanager
-def hollow_experts() -> Iterator[list[Checkpoint]]:
+def hollow_experts(*, keep_stored: bool = True) -> Iterator[list[Checkpoint]]:
     """Load models without their experts: every `from_pretrained` of this thread inside the block.
 
     Such a model has all its other weights. Its Experts modules have no parameter, but a stand-in on
     meta for each, their `ExpertLayout` as `tiered_layout`, their number as `tiered_layer` and the
     `Origin` of each stand-in as `tiered_origins`.
     Expert tensors are neither allocated nor read. Yields the list of the checkpoints loaded so far,
-    one for each model, to read experts from.
+    one for each model, to read experts from. `keep_stored` is that of `Checkpoint`.
 
     Blocks may be nested and models loaded in several threads (they take turns, because transformers
     itself sets process-wide state while it builds a model); loads outside a block stay as they are.
@@ -48,7 +49,8 @@ def hollow_experts() -> Iterator[list[Checkpoint]]:
                 "device_map leaves weights on disk; with hollow experts the rest has to "
                 "be in memory: give a device_map without 'disk', or none"
             )
-        checkpoint = Checkpoint(loading)
+        checkpoint = Checkpoint(loading, keep_stored=keep_stored)
+        tell_of_conversions(checkpoint.layouts, checkpoint.dtype)
         for name, layer in checkpoint.layer_of.items():
             _hollow(loading.model.get_submodule(name), layer, checkpoint.layouts[layer])
             _untie(loading.model, name)

@@ -124,6 +124,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "model_type": checkpoint.model_type,
         "fingerprint": checkpoint.fingerprint,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "dequantised": not checkpoint.keeps_stored,
         "modules": checkpoint.names,
         "layouts": [layout.to_json() for layout in checkpoint.layouts],
     }

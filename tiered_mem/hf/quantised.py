@@ -2,23 +2,78 @@
 
 A block then holds the file's own tensors (fp8 or fp4 values and the scales of their blocks), and
 transformers' own conversion makes the weights from them, each time an expert is used. What is
-computed is therefore, bit for bit, what the model computes that transformers dequantises while
-loading (`dequantize=True`), at the bytes of the checkpoint and the cost of a conversion per use.
+computed is, bit for bit, what the model computes that transformers dequantises while loading, at
+the bytes of the checkpoint and the cost of a conversion for each use.
+
+`quantization_config` decides, as for transformers:
+
+- without one, or with one that doesn't say `dequantize=True`: experts stay quantised;
+- `dequantize=True`: they are dequantised when they are packed; more bytes, no conversion.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers.auto import AutoQuantizationConfig
 
+from tiered_mem.config import format_size
 from tiered_mem.errors import CheckpointError
-from tiered_mem.hf.layout import Views
+from tiered_mem.hf.dequantise import faster
+from tiered_mem.hf.layout import ExpertLayout, Views
 from tiered_mem.hf.recipe import Reader, Recipe
 from tiered_mem.hf.tensor_file import TensorInfo
+
+#: Methods that transformers dequantises exactly as it reads the file, on any device.
+_KEPT = ("fp8", "mxfp4")
+
+
+def asks_to_dequantise(hf_kwargs: Mapping[str, Any]) -> bool:
+    """Whether these options of `from_pretrained` ask for weights dequantised while loading."""
+    return bool(getattr(hf_kwargs.get("quantization_config"), "dequantize", False))
+
+
+def loading_options(config: Any, hf_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options to load a model of this config with, so that its experts can be tiered.
+
+    Where transformers would compute from quantised weights by kernels of its own (on a GPU, fetched
+    from the hub), it is told to build the dequantised model, unless `quantization_config` is given.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if hf_kwargs.get("quantization_config") is not None or stored is None:
+        return dict(hf_kwargs)
+    stored = dict(stored if isinstance(stored, Mapping) else stored.to_dict())
+    if str(stored.get("quant_method")) not in _KEPT:
+        return dict(hf_kwargs)
+    asked = AutoQuantizationConfig.from_dict(stored | {"dequantize": True})
+    return {**hf_kwargs, "quantization_config": asked}
+
+
+def tell_of_conversions(layouts: Sequence[ExpertLayout], dtype: torch.dtype) -> None:
+    """Say once for each size and dtype that experts are converted for each use, and the way out."""
+    if not any(layout.quantised for layout in layouts):
+        return
+    nbytes = sum(layout.num_experts * layout.nbytes for layout in layouts)
+    _tell(format_size(nbytes), str(dtype).removeprefix("torch."))
+
+
+@functools.cache
+def _tell(size: str, dtype: str) -> None:
+    warnings.warn(
+        f"experts stay quantised in the store and in every tier ({size}); each use of one converts "
+        f"it to {dtype} first, on a CPU in some ten times the time of a token's matmul. To convert "
+        "them once, when they are packed, into more bytes: pass quantization_config with "
+        "dequantize=True",
+        stacklevel=2,
+    )
 
 
 class Dequantiser:
@@ -33,7 +88,7 @@ class Dequantiser:
     ) -> None:
         """`one` declares the layer's parameters for one expert, by their full names, on meta."""
         self._prefix = layer + "."
-        self._recipes = list(recipes)
+        self._recipes = [_with_fast_operations(recipe, quantizer) for recipe in recipes]
         self._context = (one, config, quantizer)
 
     def __call__(self, views: Views) -> Views:
@@ -43,6 +98,13 @@ class Dequantiser:
             for target, made in recipe.convert_one(stored, *self._context).items():
                 weights[target.removeprefix(self._prefix)] = made.detach()[0]
         return weights
+
+
+def _with_fast_operations(recipe: Recipe, quantizer: Any) -> Recipe:
+    converter = copy.copy(recipe.converter)
+    if converter is not None:
+        converter.operations = [faster(operation, quantizer) for operation in converter.operations]
+    return replace(recipe, converter=converter)
 
 
 def is_smaller_stored(recipe: Recipe, read: Reader, made: Mapping[str, torch.Tensor]) -> bool:

@@ -33,7 +33,8 @@ def repair(
         codec = _codec(store)
     if "dtype" not in experts:
         raise StoreMismatchError(f"the store {path} wasn't packed from a checkpoint")
-    with Checkpoint.open(checkpoint, dtype=experts["dtype"]) as source:
+    dequantised = bool(experts.get("dequantised", False))
+    with Checkpoint.open(checkpoint, dtype=experts["dtype"], dequantise=dequantised) as source:
         with Store.open(path, mode="w") as store:
             require_match(store, source)
             with store.transaction() as txn:
