@@ -6,11 +6,15 @@ import re
 import warnings
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import psutil
 
 from tiered_mem import cgroup
 from tiered_mem.errors import BudgetError, ConfigError
+
+if TYPE_CHECKING:
+    from tiered_mem.device import Backend
 
 Size = int | str
 
@@ -31,6 +35,11 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*|%)\s*")
 # What "auto" leaves to everybody else on the machine: a tenth, but not less than 1 GiB.
 _ROOM_SHARE = 0.1
 _ROOM_NBYTES = 1 << 30
+
+# What "auto" leaves free on a device beyond the room that it is told of: kernels that are loaded
+# late, workspaces, and what an allocator loses to fragments.
+_DEVICE_ROOM_SHARE = 0.03
+_DEVICE_ROOM_NBYTES = 256 << 20
 
 _MAX_SIZE = (1 << 63) - 1  # what the core counts with
 
@@ -107,6 +116,29 @@ class WorkingSet:
 
 
 @dataclass(frozen=True)
+class DeviceMemory:
+    """The memory of a device that isn't host memory: bytes that can be taken now, and in all."""
+
+    name: str
+    available: int
+    total: int
+
+    @classmethod
+    def of(cls, backend: Backend) -> DeviceMemory | None:
+        """Return what a device has; None where HBM is host memory."""
+        return None if backend.in_place else cls(backend.name, *backend.memory())
+
+    @property
+    def room(self) -> int:
+        """The bytes that "auto" leaves free."""
+        return int(max(_DEVICE_ROOM_NBYTES, _DEVICE_ROOM_SHARE * self.total))
+
+    def headroom(self) -> int:
+        """Return the bytes beyond that room; negative where it is cut into."""
+        return self.available - self.room
+
+
+@dataclass(frozen=True)
 class Budgets:
     """Bytes of each tier. `auto_*` tells which of them follow the memory the machine has left."""
 
@@ -116,39 +148,55 @@ class Budgets:
     auto_dram: bool = False
 
     @classmethod
-    def resolve(cls, hbm: Size, dram: Size, *, whole: int) -> Budgets:
+    def for_backend(
+        cls, hbm: Size, dram: Size, *, whole: int, backend: Backend, room: int = 0
+    ) -> Budgets:
+        """Return `resolve` for a device. Where GPU and CPU share memory, there is no DRAM tier.
+
+        Raises `ConfigError` too for a DRAM tier where it would be the very memory that HBM is.
+        """
+        if backend.in_place and backend.name != "cpu":
+            if dram != "auto" and parse_size(dram, whole=whole or None) > 0:
+                raise ConfigError(
+                    f"{backend.name} shares its memory with the CPU: a DRAM tier would only add "
+                    f"copies within it; use dram=0 and a larger hbm than {hbm!r}"
+                )
+            dram = 0
+        return cls.resolve(hbm, dram, whole=whole, device=DeviceMemory.of(backend), room=room)
+
+    @classmethod
+    def resolve(
+        cls, hbm: Size, dram: Size, *, whole: int, device: DeviceMemory | None = None, room: int = 0
+    ) -> Budgets:
         """Turn what the user wrote into bytes. `whole` is the size of all blocks: what % refers to.
 
-        "auto" takes what is useful (no more than `whole`) and leaves the machine room. With no GPU,
-        host memory plays HBM's part: then `hbm="auto"` takes all of it, and DRAM nothing.
+        "auto" takes what is useful (no more than `whole`) and leaves room: to the machine, on a
+        `device`, and `room` bytes beside HBM for what computing takes (activations, KV). Without a
+        device's own memory, host memory plays HBM's part: then `hbm="auto"` takes all of it, and
+        DRAM nothing.
 
         Raises:
-            BudgetError: zero HBM, or more than the machine has.
+            BudgetError: zero HBM, or more than there is.
             ConfigError: not a size.
         """
-        total = psutil.virtual_memory().total
-        spare = memory_to_spare()
         auto_hbm, auto_dram = hbm == "auto", dram == "auto"
         share_of = whole or None  # without blocks there is nothing to take a share of
+        spare = memory_to_spare()
         dram_nbytes = 0 if auto_dram else parse_size(dram, whole=share_of)
-        useful = min(whole, spare - dram_nbytes)
-        hbm_nbytes = useful if auto_hbm else parse_size(hbm, whole=share_of)
+        if auto_hbm:
+            free = spare - dram_nbytes if device is None else device.headroom()
+            hbm_nbytes = min(whole, free - room)
+        else:
+            hbm_nbytes = parse_size(hbm, whole=share_of)
         if auto_dram:
-            dram_nbytes = max(0, min(whole - hbm_nbytes, spare - hbm_nbytes))
+            left = spare - hbm_nbytes if device is None else spare
+            dram_nbytes = max(0, min(whole - hbm_nbytes, left))
         if hbm_nbytes <= 0:
-            raise BudgetError(f"hbm={hbm!r} leaves no byte for HBM: give it a size above zero")
-        for name, nbytes in (("hbm", hbm_nbytes), ("dram", dram_nbytes)):
-            if nbytes > total:
-                raise BudgetError(
-                    f"{name} is {format_size(nbytes)}, more than the {format_size(total)} of "
-                    "memory this machine has; give a smaller size, or 'auto'"
-                )
-        if hbm_nbytes + dram_nbytes > total:
-            raise BudgetError(
-                f"hbm and dram together are {format_size(hbm_nbytes + dram_nbytes)}, more than the "
-                f"{format_size(total)} of memory this machine has, and without a GPU both are host "
-                "memory; give smaller sizes"
-            )
+            why = ""
+            if auto_hbm and device is not None and whole > 0:
+                why = f" ({format_size(device.available)} of {device.name} are left)"
+            raise BudgetError(f"hbm={hbm!r} leaves no byte for HBM{why}: give it a size above zero")
+        _check_against_machine(hbm_nbytes, dram_nbytes, device)
         return cls(hbm_nbytes, dram_nbytes, auto_hbm, auto_dram)
 
     def check(self, needs: WorkingSet, eviction: str, *, warn: bool = True) -> None:
@@ -173,3 +221,26 @@ class Budgets:
                 BudgetWarning,
                 stacklevel=3,
             )
+
+
+def _check_against_machine(hbm: int, dram: int, device: DeviceMemory | None) -> None:
+    """Raise `BudgetError` for more than there is in all."""
+    total = psutil.virtual_memory().total
+    if device is not None and hbm > device.total:
+        raise BudgetError(
+            f"hbm is {format_size(hbm)}, more than the {format_size(device.total)} of "
+            f"{device.name}; give a smaller size, or 'auto'"
+        )
+    of_host = {"dram": dram} if device is not None else {"hbm": hbm, "dram": dram}
+    for name, nbytes in of_host.items():
+        if nbytes > total:
+            raise BudgetError(
+                f"{name} is {format_size(nbytes)}, more than the {format_size(total)} of memory "
+                "this machine has; give a smaller size, or 'auto'"
+            )
+    if device is None and hbm + dram > total:
+        raise BudgetError(
+            f"hbm and dram together are {format_size(hbm + dram)}, more than the "
+            f"{format_size(total)} of memory this machine has, and here both are host memory; give "
+            "smaller sizes"
+        )

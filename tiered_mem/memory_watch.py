@@ -1,4 +1,4 @@
-"""Budgets that follow the memory the machine has left."""
+"""Budgets that follow the memory that machine and device have left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING
 
-from tiered_mem.config import format_size, headroom
+from tiered_mem.config import DeviceMemory, format_size, headroom
 from tiered_mem.errors import BudgetError, RuntimeClosedError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class MemoryWatch(threading.Thread):
-    """Shrinks `auto` budgets when the machine runs short of memory, DRAM before HBM."""
+    """Shrinks `auto` budgets when machine or device run short of memory, DRAM before HBM."""
 
     _EVERY_SECONDS = 1.0
 
@@ -33,7 +33,10 @@ class MemoryWatch(threading.Thread):
             if runtime is None:
                 return
             try:
+                device = DeviceMemory.of(runtime.backend) if runtime.budgets.auto_hbm else None
                 shrink_to_fit(runtime, headroom())
+                if device is not None:
+                    shrink_device(runtime, device)
             except (RuntimeClosedError, BudgetError):
                 pass  # closed, or a model with larger blocks came meanwhile: look again
             except Exception:
@@ -48,10 +51,14 @@ def shrink_to_fit(runtime: Runtime, headroom: int) -> None:
     """Shrink the `auto` budgets of `runtime` if they promise more than the machine has to give.
 
     `headroom` is what could still be taken now, negative if too much is taken already. What the
-    tiers may yet take must not exceed it; if it is negative, they give back what they have.
+    tiers may yet take must not exceed it; if it is negative, they give back what they have. HBM
+    counts only where it is host memory.
     """
     budgets, used = runtime.budgets, runtime.nbytes_used()
-    excess = (budgets.hbm - used["hbm"]) + (budgets.dram - used["dram"]) - headroom
+    in_place = runtime.backend.in_place
+    excess = (budgets.dram - used["dram"]) - headroom
+    if in_place:
+        excess += budgets.hbm - used["hbm"]
     if excess <= 0:
         return
     if budgets.auto_dram and budgets.dram:
@@ -59,8 +66,19 @@ def shrink_to_fit(runtime: Runtime, headroom: int) -> None:
         logger.warning("memory is short: DRAM shrinks to %s", format_size(smaller))
         runtime.resize(dram=smaller)
         excess -= budgets.dram - smaller
-    if budgets.auto_hbm and excess > 0:
-        smaller = max(runtime.least_hbm(), budgets.hbm - excess)
-        if smaller < budgets.hbm:
-            logger.warning("memory is short: HBM's part shrinks to %s", format_size(smaller))
-            runtime.resize(hbm=smaller)
+    if budgets.auto_hbm and in_place and excess > 0:
+        _shrink_hbm(runtime, excess, "memory")
+
+
+def shrink_device(runtime: Runtime, memory: DeviceMemory) -> None:
+    """Shrink an `auto` HBM if the device runs short: its room is there to be used, but not up."""
+    if memory.headroom() < -memory.room // 2:
+        _shrink_hbm(runtime, -memory.headroom(), f"memory of {memory.name}")
+
+
+def _shrink_hbm(runtime: Runtime, excess: int, what: str) -> None:
+    now = runtime.budgets.hbm
+    smaller = max(runtime.least_hbm(), now - excess)
+    if smaller < now:
+        logger.warning("%s is short: HBM's part shrinks to %s", what, format_size(smaller))
+        runtime.resize(hbm=smaller)

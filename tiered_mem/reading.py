@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tiered_mem import _core
 from tiered_mem.errors import (
@@ -14,6 +14,9 @@ from tiered_mem.errors import (
 )
 from tiered_mem.keys import BlockKey, KeyArray
 
+if TYPE_CHECKING:
+    from tiered_mem.device import Backend
+
 GIVEN_BACK = "this model's blocks were given back: load it again to use it"
 
 
@@ -22,6 +25,9 @@ class Owner(Protocol):
 
     @property
     def tiers(self) -> _core.Tiers: ...
+
+    @property
+    def backend(self) -> Backend: ...
 
     @property
     def given_back(self) -> bool:
@@ -41,20 +47,29 @@ class _Wave(NamedTuple):
 class Reading:
     """An event under way: iterate over it to get (position, slot) as the blocks arrive.
 
+    `batches` gives the same in lists, of blocks that became ready together. On a device that
+    orders its streams, a block is ready once what is computed on the current stream comes after
+    its arrival; the end of a wave comes after all that the stream was given before.
+
     Use it in a `with` statement. A body that fails would otherwise leave the blocks pinned for as
     long as something (a traceback) refers to the iteration.
 
-    A slot (byte offset into HBM's memory) is good until the next step of the iteration after
-    which the event's wave ends; don't keep views of it beyond the loop. An event with more blocks
-    than HBM has slots runs in waves, present blocks first, the next wave loading meanwhile.
+    A slot (byte offset into HBM's memory, or an address of the device's) is good until the next
+    step of the iteration after which the event's wave ends; don't keep views of it beyond the loop.
+    An event with more blocks than HBM has slots runs in waves, present blocks first, the next wave
+    loading meanwhile.
     """
 
-    __slots__ = ("_ahead", "_current", "_keys", "_largest", "_owner", "_stream", "_tiers", "_waves")
+    __slots__ = (
+        *("_ahead", "_backend", "_current", "_keys", "_largest", "_owner", "_stream", "_tiers"),
+        "_waves",
+    )
 
     def __init__(self, owner: Owner, keys: KeyArray, largest: int, stream: int) -> None:
         """Start the event of `keys` (distinct), none of whose blocks is above `largest` bytes."""
         self._owner = owner
         self._tiers = owner.tiers
+        self._backend = owner.backend
         self._keys = keys
         self._largest = largest
         self._stream = stream
@@ -69,7 +84,7 @@ class Reading:
     def __exit__(self, *_: object) -> None:
         for wave in (self._current, self._ahead):
             if wave is not None:
-                wave.event.release()
+                wave.event.release(self._backend.compute())
         self._current = self._ahead = None
 
     def _plan(self, positions: Sequence[int], most: int | None = None) -> list[Sequence[int]]:
@@ -112,20 +127,26 @@ class Reading:
         return None
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        for positions, slots in self.batches():
+            yield from zip(positions, slots, strict=True)
+
+    def batches(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Yield (positions, slots) of blocks that became ready together."""
         while self._current is not None:
             # Without waiting: whoever waits for slots must hold none.
             self._ahead = self._start(wait=False)
             yield from self._drain(*self._current)
-            self._current.event.release()
+            self._current.event.release(self._backend.compute())
             self._current, self._ahead = self._ahead, None
             if self._current is None:
                 self._current = self._start()
 
-    def _drain(self, event: Any, positions: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def _drain(self, event: Any, positions: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
         slots = event.slots
         left = len(slots)
+        ordered = self._backend.stream_ordered
         while left:
-            ready, failed = event.wait_any()
+            ready, failed = event.wait_any(self._backend.compute() if ordered else 0)
             for i, error in failed:
                 key = BlockKey.unpack(int(self._keys[positions[i]]))
                 if not isinstance(error, ChecksumError):
@@ -134,5 +155,4 @@ class Reading:
                 event.repaired(i)
                 ready.append(i)
             left -= len(ready)
-            for i in ready:
-                yield positions[i], slots[i]
+            yield [positions[i] for i in ready], [slots[i] for i in ready]

@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any
 
 import psutil
 
 from tiered_mem import _core
 from tiered_mem.config import Budgets, format_size
+from tiered_mem.device import Backend, DeviceLike, backend_for
+from tiered_mem.device.hbm import Hbm
+from tiered_mem.device.pinning import Pinning
 from tiered_mem.errors import BudgetError, ConfigError, TieredMemError
 from tiered_mem.memory_watch import MemoryWatch
 from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
@@ -33,9 +35,12 @@ _LEAST_SHARE = 16  # of the HBM it started with, a runtime keeps one part in so 
 class Runtime:
     """HBM and DRAM of `hbm` and `dram` bytes, shared by any number of models and threads.
 
-    `eviction` names a policy (`tiered-mem policies` lists them) or is a class derived from
-    `tiered_mem.policy.EvictionPolicy`. Raises `ConfigError` for an unknown one, `PolicyError` for a
-    plug-in that can't be had, `BudgetError` for budgets that can't.
+    HBM is memory of `device`; on "cpu" host memory plays its part. A GPU's is taken when the first
+    model comes, cut to the size of its blocks. `eviction` names a policy (`tiered-mem policies`
+    lists them) or is a class derived from `tiered_mem.policy.EvictionPolicy`.
+
+    Raises `ConfigError` for an unknown one, `PolicyError` for a plug-in that can't be had,
+    `BudgetError` for budgets that can't, `DeviceError` for a device that can't be used.
     """
 
     def __init__(
@@ -43,33 +48,51 @@ class Runtime:
         hbm: int,
         dram: int = 0,
         *,
+        device: DeviceLike = "cpu",
         eviction: str | type[EvictionPolicy] = DEFAULT_EVICTION,
         num_io_threads: int = 4,
     ) -> None:
-        budgets = Budgets.resolve(hbm, dram, whole=0)
         if num_io_threads < 1:
             raise ConfigError(f"num_io_threads is {num_io_threads}; it must be at least 1")
-        self._start(budgets, eviction, num_io_threads)
+        backend = backend_for(device)
+        budgets = Budgets.for_backend(hbm, dram, whole=0, backend=backend)
+        self._start(budgets, eviction, num_io_threads, backend)
 
     @classmethod
     def from_budgets(
-        cls, budgets: Budgets, *, eviction: str | type[EvictionPolicy], num_io_threads: int = 4
+        cls,
+        budgets: Budgets,
+        *,
+        eviction: str | type[EvictionPolicy],
+        num_io_threads: int = 4,
+        device: DeviceLike = "cpu",
     ) -> Runtime:
-        """Make a runtime whose `auto` budgets follow the memory that the machine has left."""
+        """Make a runtime whose `auto` budgets follow the memory that machine and device have left.
+
+        Raises as a runtime of given sizes does.
+        """
         runtime = cls.__new__(cls)
-        runtime._start(budgets, eviction, num_io_threads)
+        runtime._start(budgets, eviction, num_io_threads, backend_for(device))
         return runtime
 
     def _start(
-        self, budgets: Budgets, eviction: str | type[EvictionPolicy], num_io_threads: int
+        self,
+        budgets: Budgets,
+        eviction: str | type[EvictionPolicy],
+        num_io_threads: int,
+        backend: Backend,
     ) -> None:
+        self.backend = backend
         self.eviction = resolve_eviction(eviction)
         self._budgets = self._budgets_at_start = budgets
         # Re-entrant: the garbage collector may close a model in the middle of anything.
         self._lock = threading.RLock()
         self._spaces: dict[int, Space] = {}
-        self._tiers = _make_tiers(budgets, self.eviction, num_io_threads)
+        self._tiers = _make_tiers(budgets, self.eviction, num_io_threads, backend)
+        self._hbm = None if backend.in_place else Hbm(backend, self._tiers)
         self._watch = MemoryWatch(self) if budgets.auto_hbm or budgets.auto_dram else None
+        pins = not backend.in_place and budgets.dram > 0
+        self._pinning = Pinning(self._tiers, backend.name) if pins else None
 
     @property
     def budgets(self) -> Budgets:
@@ -82,7 +105,8 @@ class Runtime:
     def attach(self, store: Store, *, repair: Repair | None = None) -> Space:
         """Put a store's blocks on the runtime. `repair` supplies a block that fails its checksum.
 
-        The store stays open as long as the space is.
+        The store stays open as long as the space is. Raises `BudgetError` if the device has too
+        little memory left for HBM, or if HBM can't hold one of the blocks.
         """
         with self._lock:
             number = next((n for n in range(_MAX_SPACES) if n not in self._spaces), None)
@@ -90,20 +114,37 @@ class Runtime:
                 raise ConfigError(f"a runtime holds at most {_MAX_SPACES} models; close one first")
             space = Space(self, number, store, repair)
             self._spaces[number] = space
+            try:
+                self._provide_hbm(space.largest_slot)
+            except BaseException:
+                space.close()
+                raise
         return space
+
+    def _provide_hbm(self, slot_nbytes: int) -> None:
+        """Take a device's memory for HBM, unless that is done. Only now is its use known."""
+        if self._hbm is None or slot_nbytes == 0:
+            return
+        auto = self._budgets.auto_hbm
+        nbytes = self._hbm.provide(self._budgets.hbm, slot_nbytes, or_less=auto)
+        if auto and nbytes < self._budgets.hbm:
+            self._budgets = replace(self._budgets, hbm=nbytes)
 
     def resize(self, *, hbm: int | None = None, dram: int | None = None) -> None:
         """Change budgets, in bytes. A shrink that pins hold up goes on as they end.
+
+        A device's memory is taken and given back in segments, about a sixteenth of HBM each.
 
         Raises `BudgetError` as for a new runtime, or if HBM couldn't hold a single block of a model
         on it, or if address space for growth couldn't be reserved; `RuntimeClosedError`.
         """
         with self._lock:
             before = self._budgets
-            wanted = Budgets.resolve(
+            wanted = Budgets.for_backend(
                 before.hbm if hbm is None else hbm,
                 before.dram if dram is None else dram,
                 whole=0,
+                backend=self.backend,
             )
             least = self.largest_block()
             if wanted.hbm < least:
@@ -112,7 +153,10 @@ class Runtime:
                     f"{format_size(least)} ({least} bytes); give at least that"
                 )
             if hbm is not None:
-                self._tiers.resize_hbm(wanted.hbm)
+                if self._hbm is None:
+                    self._tiers.resize_hbm(wanted.hbm)
+                else:
+                    self._hbm.resize(wanted.hbm, least)
                 self._budgets = replace(self._budgets, hbm=wanted.hbm)
             if dram is not None:
                 self._tiers.resize_dram(wanted.dram)
@@ -151,8 +195,9 @@ class Runtime:
 
     def close(self) -> None:
         """Cancel transfers and give the memory back. Waiting events get `RuntimeClosedError`."""
-        if self._watch is not None:
-            self._watch.stop()
+        for helper in (self._watch, self._pinning):
+            if helper is not None:
+                helper.stop()
         self._tiers.close()
         for space in list(self._spaces.values()):
             space.close()
@@ -167,19 +212,25 @@ class Runtime:
         raise TieredMemError("a runtime can't be pickled or copied: it is memory and threads")
 
 
-def _make_tiers(budgets: Budgets, eviction: str, num_io_threads: int) -> _core.Tiers:
-    make = partial(
-        _core.Tiers,
-        hbm=budgets.hbm,
-        dram=budgets.dram,
-        eviction=eviction,
-        num_io_threads=num_io_threads,
-    )
+def _make_tiers(
+    budgets: Budgets, eviction: str, num_io_threads: int, backend: Backend
+) -> _core.Tiers:
+    def make(hbm_reserved: int, dram_reserved: int) -> _core.Tiers:
+        return _core.Tiers(
+            hbm=budgets.hbm,
+            dram=budgets.dram,
+            hbm_reserved=hbm_reserved,
+            dram_reserved=dram_reserved,
+            eviction=eviction,
+            num_io_threads=num_io_threads,
+            device=backend.core,
+        )
+
     # Address space is reserved for growth; memory is taken only as blocks arrive.
     total = psutil.virtual_memory().total
     try:
-        return make(hbm_reserved=total, dram_reserved=total)
+        return make(total if backend.in_place else 0, total)
     except BudgetError as error:  # ulimit -v, or a kernel that counts what is reserved
-        tiers = make(hbm_reserved=budgets.hbm, dram_reserved=budgets.dram)
+        tiers = make(budgets.hbm if backend.in_place else 0, budgets.dram)
         logger.warning("%s; the budgets alone can be had, but can't grow", error)
         return tiers

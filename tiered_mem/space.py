@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ class Space:
         self._store = store
         self._repair = repair
         self.tiers = runtime._tiers
+        self.backend = runtime.backend
         # Places are right as long as this read transaction is open.
         self._snapshot = store.snapshot()
         self._nbytes: dict[int, int] = {}
@@ -42,7 +43,10 @@ class Space:
         self._bases: dict[int, np.uint64] = {}
         self._closed = False
         try:
-            self.memory = np.frombuffer(memoryview(self.tiers.hbm_memory()), np.uint8)
+            self.memory = np.empty(0, np.uint8)  # of a device: it is reached by addresses
+            if self.backend.in_place:
+                self.memory = np.frombuffer(memoryview(self.tiers.hbm_memory()), np.uint8)
+            self._tensor: Any = None
             self._add_blocks()
         except BaseException:
             self._snapshot.close()
@@ -81,6 +85,20 @@ class Space:
         """
         keys = self._keys(layer, indices)
         return Reading(self, keys, self._nbytes[layer], threading.get_ident())
+
+    def view(self, slot: int, nbytes: int) -> Any:
+        """Return the bytes of a slot as a tensor on the device: uint8, [nbytes], not a copy.
+
+        They are the block's as long as the event holds it, for what is computed on the stream that
+        was the current one when the block arrived.
+        """
+        if not self.backend.in_place:
+            return self.backend.view(slot, nbytes)
+        if self._tensor is None:
+            if self._closed:
+                raise RuntimeClosedError(GIVEN_BACK)
+            self._tensor = self.backend.wrap(self.memory)
+        return self._tensor[slot : slot + nbytes]
 
     def hint(self, layer: int, indices: Sequence[int], *, exact: bool = False) -> None:
         """Predict the next event of `layer`, the likeliest block first. Moves nothing by itself."""
@@ -148,6 +166,7 @@ class Space:
         self._closed = True
         self.tiers.remove_space(self._number)
         self.memory = np.empty(0, np.uint8)
+        self._tensor = None
         self._snapshot.close()
         with self.runtime._lock:
             self.runtime._spaces.pop(self._number, None)
@@ -182,4 +201,10 @@ class Space:
             key,
             error,
         )
-        self._repair(key, self.memory[slot : slot + self._nbytes[key.layer]])
+        nbytes = self._nbytes[key.layer]
+        if self.backend.in_place:
+            self._repair(key, self.memory[slot : slot + nbytes])
+            return
+        block = np.empty(nbytes, np.uint8)
+        self._repair(key, block)
+        self.backend.write(slot, block)
