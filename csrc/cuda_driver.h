@@ -60,12 +60,12 @@ constexpr unsigned CU_MEMHOSTALLOC_PORTABLE = 1;
 constexpr unsigned CU_MEMHOSTREGISTER_PORTABLE = 1;
 constexpr unsigned CU_MEMHOSTREGISTER_DEVICEMAP = 2;
 constexpr unsigned CU_STREAM_NON_BLOCKING = 1;
-constexpr unsigned CU_EVENT_DEFAULT = 0;
+constexpr unsigned CU_EVENT_BLOCKING_SYNC = 1;
 constexpr unsigned CU_EVENT_DISABLE_TIMING = 2;
 constexpr int CU_MEMCPY_SRC_ACCESS_ORDER_STREAM = 1;
 
 // The oldest CUDA that is served, as cuDriverGetVersion counts.
-constexpr int min_driver_version = 12000;
+constexpr int kMinDriverVersion = 12000;
 
 // Every function that is used: X(name, version of its signature, needed, parameters). They are
 // asked of cuGetProcAddress_v2 by these names and versions, which alone is looked up as a symbol,
@@ -138,10 +138,13 @@ struct Driver {
 
 /// The driver, loaded and initialised by the first call. The environment's TIERED_MEM_CUDA_DRIVER
 /// names another library than libcuda.so.1. Throws DeviceError where there is none, where it is
-/// older than `min_driver_version`, where it can't be initialised, and in a forked child.
+/// older than `kMinDriverVersion`, where it can't be initialised, and in a forked child.
 const Driver& driver();
 
 /// The driver's CUDA version, 0 where no driver is installed. Initialises nothing.
 int installed_driver_version();
+
+/// 0 where there is no driver or no device. Throws DeviceError as `driver` does.
+int num_devices();
 
 }  // namespace tiered_mem::cuda

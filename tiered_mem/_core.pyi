@@ -124,35 +124,118 @@ class Event:
     def release(self, compute: int = 0) -> None:
         """End the pins. The slots change once `compute` has done what it was given until now."""
 
+class Mark:
+    """A point in a device's work."""
+
+class Pin:
+    """Keeps host memory page-locked while it lives."""
+
+    def release(self) -> None:
+        """End it now."""
+
 class Device:
-    """What copies between tiers' memories."""
+    """What copies between tiers' memories. Addresses and sizes in bytes; safe between threads."""
 
     @property
     def host_accessible(self) -> bool:
         """Whether its memory is host memory."""
     @property
-    def asynchronous(self) -> bool: ...
+    def asynchronous(self) -> bool:
+        """Whether `copy` returns before the bytes have arrived."""
     @property
     def stream_ordered(self) -> bool:
         """Whether computing waits for copies by itself."""
+    def allocate(self, nbytes: int) -> Memory:
+        """Return memory for a tier.
 
-class QueueDevice(Device):
-    """A device whose copies are made by whoever takes its commands."""
+        Raises `BudgetError`, `DeviceError` where it comes in segments instead.
+        """
+    def allocate_staging(self, nbytes: int) -> Memory:
+        """Return host memory that copies reach without a detour. Raises `BudgetError`."""
+    def copy(
+        self,
+        direction: Literal["in", "out"],
+        copies: npt.ArrayLike,
+        after: Sequence[Mark | None] = (),
+    ) -> Mark | None:
+        """Start a batch of copies, [count, 3] of (target, source, nbytes), behind `after`.
 
-    def __init__(self) -> None: ...
-    def add_pinned(self, address: int, nbytes: int, owner: object) -> None:
-        """Stage in this page-locked memory from now on. Raises `ConfigError` if there is some."""
-    def take_in(self) -> list[tuple[int, list[tuple[int, int, int]], list[int]]] | None:
-        """Wait for (id, [(target, source, nbytes)], points to wait for); None once it is closed."""
-    def take_out(self) -> list[tuple[int, list[tuple[int, int, int]], list[int]]] | None: ...
-    def complete(self, id: int) -> None: ...
-    def fail(self, id: int, message: str) -> None: ...
-    def take_forgotten(self) -> list[int]:
-        """Return the points that nobody will ask for any more."""
-    def close(self, message: str) -> None:
-        """Fail what is under way and all that comes."""
+        The mark is reached when all have arrived; None: they have. Raises `TransferError`.
+        """
+    def reached(self, mark: Mark | None) -> bool:
+        """Return without waiting. Raises `TransferError` if the device failed."""
+    def wait(self, mark: Mark | None) -> None:
+        """Raises `TransferError` if the device failed."""
+    def mark_compute(self, compute: int = 0) -> Mark | None:
+        """Return a point behind all that was given to `compute` until now."""
+    def hold_compute(self, compute: int, mark: Mark | None) -> None:
+        """Let what is given to `compute` from now on come after a mark."""
+    def reaches(self, address: int, nbytes: int) -> bool:
+        """Return whether copies from and to this host memory need no staging."""
+    def pin(self, address: int, nbytes: int) -> Pin:
+        """Page-lock a range of host memory, page-aligned. Raises `DeviceError`."""
 
 def host_device() -> Device: ...
+def cuda_driver_version() -> int | None:
+    """Return CUDA's version in the driver, 12080 for 12.8; None without a driver."""
+
+def cuda_device_count() -> int:
+    """Return how many CUDA devices this process sees; 0 without a driver.
+
+    Raises `DeviceError` for a driver that can't be used.
+    """
+
+class CudaDevice(Device):
+    """A device of NVIDIA's, by its primary context, which is torch's.
+
+    `compute` is a stream's handle. Between multiprocessing's forks it can't be shared: start
+    children by "spawn".
+    """
+
+    def __init__(self, ordinal: int = 0, copy_method: str = "auto") -> None:
+        """`copy_method` is "engine", "batch", "kernel", or "auto": the fastest, by `calibrate`.
+
+        Raises `DeviceError` without driver, with one older than CUDA 12.0, and for an ordinal out
+        of range; `ConfigError`.
+        """
+    @property
+    def name(self) -> str: ...
+    @property
+    def driver_version(self) -> int: ...
+    @property
+    def compute_capability(self) -> tuple[int, int]: ...
+    @property
+    def integrated(self) -> bool:
+        """Whether it shares its memory with the CPU."""
+    @property
+    def pci_bus_id(self) -> str: ...
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes of device memory: (free, total)."""
+    def load_kernels(self, image: bytes) -> None:
+        """Load a cubin, a fatbin or PTX made of csrc/kernels.cu. Raises `DeviceError`."""
+    def launch(
+        self,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        arguments: Sequence[int],
+        compute: int = 0,
+    ) -> None:
+        """Queue a loaded kernel: 3 numbers each of blocks and threads; addresses and integers.
+
+        Raises `DeviceError` without such a kernel, `TransferError`.
+        """
+    def calibrate(self) -> dict[str, Any]:
+        """Measure all ways of copying, which takes about a second and 64 MiB of device memory.
+
+        "times" has rows of (direction, method, nbytes of a block, num_copies, seconds);
+        "in_bytes_per_second" and "duplex_bytes_per_second" the rate of large copies in alone and
+        beside copies out. Raises `DeviceError`, `BudgetError`, `TransferError`.
+        """
+    def set_calibration(self, table: Mapping[str, Any]) -> None:
+        """Choose ways of copying by a table of `calibrate`. Raises `ConfigError`."""
+    def copy_method(self, direction: Literal["in", "out"], nbytes: int, num_copies: int) -> str:
+        """Return how so many blocks of pinned memory, of `nbytes` each, would be copied."""
 
 class Tiers:
     """HBM, DRAM and the links to the store. Sizes in bytes."""
@@ -207,7 +290,7 @@ class Tiers:
         `RuntimeClosedError`.
         """
     def acquire_resident(self, keys: npt.ArrayLike, stream: int = 0) -> Event | None:
-        """Pin the blocks if all are in HBM and ready, or None. Counts nothing: see `note_uses`."""
+        """Pin the blocks if all are in HBM and ready, else None. Counts nothing: see `note_uses`."""
     def note_uses(self, keys: npt.ArrayLike) -> None:
         """Count an event that used these blocks in HBM, and tell the policy."""
     def hint(self, keys: npt.ArrayLike, stream: int = 0, exact: bool = False) -> None:
