@@ -10,13 +10,15 @@ own account, which the bar is about, and what all of the card's memory has less 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import gpu_common
+import torch
 from bars import bar, common, print_bars
-from big_model import BigModel, add_arguments, big_model
+from big_model import add_arguments, big_model
 from gpu_common import DeviceMemory
-from gpu_peers import UNMODIFIED, ours, release, resident_model
+from gpu_peers import UNMODIFIED, measured, ours, resident_model
 from small_text import generate, prompt_of
 
 HBM_SHARE = 25  # % of the experts
@@ -26,15 +28,18 @@ SLACK = 0.02
 def main() -> None:
     options = _options()
     big = big_model(options)
-    unmodified = _unmodified(options, big)
-    mine = _ours(options, big)
-    activations = unmodified["peaks"]["allocated"] - unmodified["loaded_nbytes"]
+    prompt = prompt_of(big, options.num_tokens, options.device)
+    whole, device = big.shape.experts_nbytes, options.device
+    hbm = whole * HBM_SHARE // 100
+    unmodified = _run(options, prompt, lambda: resident_model(big, device))
+    mine = _run(options, prompt, lambda: ours(big, device, hbm=hbm, dram=whole))
     parts = {
         "budget": mine["budget_nbytes"],
         "non_expert_weights": big.non_expert_nbytes,
-        "activations": activations,
+        "activations": _peak(unmodified, "working") - unmodified["loaded_nbytes"],
     }
-    used = mine["peaks"]["allocated"] - mine["held_before_nbytes"]
+    used = max(_peak(mine, when) for when in ("loading", "working")) - mine["before_nbytes"]
+    taken = mine["peaks"]["working"]["taken"]
     ratio = used / sum(parts.values())
     what = f"peak device memory, prefill of {options.num_tokens} tokens, of what it may be"
     results = gpu_common.describe(options) | {
@@ -45,14 +50,13 @@ def main() -> None:
             "parts_nbytes": parts,
             "peak_nbytes": used,
             "peak_to_parts": ratio,
-            "taken_nbytes": mine["peaks"]["taken"],
-            "unmodified_taken_nbytes": unmodified["peaks"]["taken"],
+            "taken_nbytes": taken,
         },
         "runs": {UNMODIFIED: unmodified, "ours": mine},
     }
     gpu_common.write(options, results)
     rows = [[name, nbytes / 1e6] for name, nbytes in (parts | {"peak": used}).items()]
-    rows.append(["taken from the card", mine["peaks"]["taken"] / 1e6])
+    rows.append(["taken from the card", taken / 1e6])
     common.print_table(rows, ["device memory", "MB"])
     print_bars(results)
 
@@ -66,36 +70,31 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _unmodified(options: argparse.Namespace, big: BigModel) -> dict[str, Any]:
-    memory = DeviceMemory(options.device)
-    model = resident_model(big, options.device)
-    loaded = memory.held()
-    memory.reset_peak()
-    run = _run(options, big, model, memory)
-    del model
-    release(options.device)
-    return run | {"loaded_nbytes": loaded}
-
-
-def _ours(options: argparse.Namespace, big: BigModel) -> dict[str, Any]:
-    whole = big.shape.experts_nbytes
-    memory = DeviceMemory(options.device)
-    model = ours(big, options.device, hbm=whole * HBM_SHARE // 100, dram=whole)
-    try:
-        run = _run(options, big, model, memory)  # the peak is counted from before the loading
-        return run | {"budget_nbytes": model.tiered_mem.budgets.hbm}
-    finally:
-        model.tiered_mem.close()
-        del model
-        release(options.device)
-
-
 def _run(
-    options: argparse.Namespace, big: BigModel, model: Any, memory: DeviceMemory
+    options: argparse.Namespace, prompt: torch.Tensor, make: Callable[[], Any]
 ) -> dict[str, Any]:
-    prompt = prompt_of(big, options.num_tokens, options.device)
-    generate(model, prompt, num_tokens=4)
-    return {"peaks": memory.peaks(), "held_before_nbytes": memory.held_before}
+    """Return the peaks of a model: of its loading, and of its work."""
+    memory = DeviceMemory(options.device)
+
+    def work(model: Any) -> dict[str, Any]:
+        loading = memory.peaks()
+        memory.reset_peak()
+        loaded = memory.held()
+        generate(model, prompt, num_tokens=4)
+        handle = getattr(model, "tiered_mem", None)
+        return {
+            "before_nbytes": memory.held_before,
+            "loaded_nbytes": loaded,
+            "budget_nbytes": handle.budgets.hbm if handle else 0,
+            "peaks": {"loading": loading, "working": memory.peaks()},
+        }
+
+    return measured(options.device, make, work)
+
+
+def _peak(run: dict[str, Any], when: str) -> int:
+    peak: int = run["peaks"][when]["allocated"]
+    return peak
 
 
 if __name__ == "__main__":

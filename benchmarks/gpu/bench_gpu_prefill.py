@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from big_model import BigModel, add_arguments, big_model
 from feeding import Feeder
 from forced_routes import load_trace, routes_of
 from gpu_common import Links, bound_seconds, seconds_of
-from gpu_peers import UNMODIFIED, ours, release, resident_model
+from gpu_peers import UNMODIFIED, measured, ours, resident_model
 
 HBM_SHARE = 25  # % of the experts
 
@@ -36,8 +37,17 @@ def main() -> None:
         np.tile(ids, (repeats, 1, 1))[: options.num_tokens], big.shape.vocab, options.device
     )
     links = Links(options.device, big.block_nbytes, big.store_file, smoke=options.smoke)
-    runs = {UNMODIFIED: _unmodified(options, big, feeder), "ours": {}}
-    runs["ours"] = _ours(options, big, feeder, links)
+    whole, device = big.shape.experts_nbytes, options.device
+    runs = {
+        UNMODIFIED: measured(
+            device, lambda: resident_model(big, device), partial(_prefills, options, feeder)
+        ),
+        "ours": measured(
+            device,
+            lambda: ours(big, device, hbm=whole * HBM_SHARE // 100, dram=whole),
+            partial(_ours, options, feeder, links),
+        ),
+    }
     difference = runs["ours"].pop("logits") - runs[UNMODIFIED].pop("logits")
     compute = statistics.median(runs[UNMODIFIED]["seconds"])
     summary = _summary(runs["ours"], compute, big, links)
@@ -67,32 +77,15 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _unmodified(options: argparse.Namespace, big: BigModel, feeder: Feeder) -> dict[str, Any]:
-    model = resident_model(big, options.device)
-    run = _prefills(options, model, feeder)
-    del model
-    release(options.device)
+def _ours(options: argparse.Namespace, feeder: Feeder, links: Links, model: Any) -> dict[str, Any]:
+    model.tiered_mem.fill()
+    links.measure()
+    run = _prefills(options, feeder, model)
+    links.measure()
     return run
 
 
-def _ours(
-    options: argparse.Namespace, big: BigModel, feeder: Feeder, links: Links
-) -> dict[str, Any]:
-    whole = big.shape.experts_nbytes
-    model = ours(big, options.device, hbm=whole * HBM_SHARE // 100, dram=whole)
-    try:
-        model.tiered_mem.fill()
-        links.measure()
-        run = _prefills(options, model, feeder)
-        links.measure()
-    finally:
-        model.tiered_mem.close()
-        del model
-        release(options.device)
-    return run
-
-
-def _prefills(options: argparse.Namespace, model: Any, feeder: Feeder) -> dict[str, Any]:
+def _prefills(options: argparse.Namespace, feeder: Feeder, model: Any) -> dict[str, Any]:
     """Prefill again and again; the first, unmeasured, brings the tiers into their usual state."""
     handle = getattr(model, "tiered_mem", None)
     hooks = feeder.routes.force(model)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import gpu_common
@@ -20,7 +21,7 @@ import torch
 from bars import bar, common, print_bars
 from big_model import BigModel, add_arguments, big_model
 from gpu_common import DeviceMemory
-from gpu_peers import UNMODIFIED, ours, release, resident_model
+from gpu_peers import UNMODIFIED, measured, ours, resident_model
 from small_text import generate, prompt_of
 
 CARD_NBYTES = 6 << 30
@@ -29,18 +30,26 @@ _TIMES = 4  # so many times the card's size is the model, at least
 
 def main() -> None:
     options = _options()
+    device = options.device
     big = big_model(options)
-    prompt = prompt_of(big, options.prompt_tokens, options.device)
+    prompt = prompt_of(big, options.prompt_tokens, device)
     card = big.shape.experts_nbytes // 3 if options.smoke else CARD_NBYTES
-    runs = {UNMODIFIED: _unmodified(options, big, prompt)}
-    with _Card(options.device, card):
-        runs["ours"] = _ours(options, big, prompt, card)
+    hbm: int | str = card if options.device.type == "cpu" else "auto"
+    write = partial(_write, options, prompt)
+    runs = {UNMODIFIED: measured(device, lambda: resident_model(big, device), write)}
+    with _Card(device, card):
+        memory = DeviceMemory(device)
+        runs["ours"] = measured(
+            device,
+            lambda: ours(big, device, hbm=hbm, dram="auto", prefetch="next-gate"),
+            lambda model: _ours(model, write(model), memory),
+        )
     summary = _summary(runs, big, card)
     results = gpu_common.describe(options) | {
         "model": big.as_dict(),
         "settings": {
             "card_nbytes": card,
-            "hbm": runs["ours"]["hbm"],
+            "hbm": hbm,
             "dram": "auto",
             "prompt_tokens": options.prompt_tokens,
             "num_tokens": options.num_tokens,
@@ -87,38 +96,19 @@ class _Card:
             torch.cuda.set_per_process_memory_fraction(1.0, self._device)
 
 
-def _unmodified(options: argparse.Namespace, big: BigModel, prompt: torch.Tensor) -> dict[str, Any]:
-    model = resident_model(big, options.device)
-    run = _write(options, model, prompt)
-    del model
-    release(options.device)
-    return run
-
-
-def _ours(
-    options: argparse.Namespace, big: BigModel, prompt: torch.Tensor, card: int
-) -> dict[str, Any]:
-    hbm: int | str = card if options.device.type == "cpu" else "auto"
-    memory = DeviceMemory(options.device)
-    model = ours(big, options.device, hbm=hbm, dram="auto", prefetch="next-gate")
+def _ours(model: Any, run: dict[str, Any], memory: DeviceMemory) -> dict[str, Any]:
+    """Add to a `run` of ours what it took and what it counted."""
     handle = model.tiered_mem
-    try:
-        run = _write(options, model, prompt)
-        return run | {
-            "hbm": hbm,
-            "hbm_nbytes": handle.budgets.hbm,
-            "dram_nbytes": handle.budgets.dram,
-            "stats": handle.stats().as_dict(),
-            "peaks": memory.peaks(),
-            "held_before_nbytes": memory.held_before,
-        }
-    finally:
-        handle.close()
-        del model
-        release(options.device)
+    return run | {
+        "hbm_nbytes": handle.budgets.hbm,
+        "dram_nbytes": handle.budgets.dram,
+        "stats": handle.stats().as_dict(),
+        "peaks": memory.peaks(),
+        "held_before_nbytes": memory.held_before,
+    }
 
 
-def _write(options: argparse.Namespace, model: Any, prompt: torch.Tensor) -> dict[str, Any]:
+def _write(options: argparse.Namespace, prompt: torch.Tensor, model: Any) -> dict[str, Any]:
     started = time.perf_counter()
     tokens = generate(model, prompt, num_tokens=options.num_tokens)
     return {"tokens": tokens, "seconds": time.perf_counter() - started}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,20 @@ def accelerated(big: BigModel, device: torch.device) -> Any:
     from accelerate import cpu_offload
 
     return cpu_offload(resident_model(big, torch.device("cpu")), execution_device=device)
+
+
+def measured(
+    device: torch.device, make: Callable[[], Any], work: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what `work` finds out about the model that `make` loads, then give all of it back."""
+    model = make()
+    try:
+        return work(model)
+    finally:
+        if hasattr(model, "tiered_mem"):
+            model.tiered_mem.close()
+        del model
+        release(device)
 
 
 def release(device: torch.device) -> None:
