@@ -20,6 +20,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,12 @@ class Setting(NamedTuple):
     hbm: int
     dram: int
     prefetch: bool
+
+
+def _as_generate_does(model: Any) -> Any:
+    """Return the context in which `generate` decodes: on a GPU it takes faster experts for it."""
+    switch = getattr(model, "_optimize_model_for_decode", None)
+    return switch() if switch is not None else nullcontext()
 
 
 class Decode:
@@ -114,8 +121,10 @@ class Decode:
     def _measure(self, plan: Plan) -> dict[str, Any]:
         model, feeder = self.model, self.feeder
         handle = getattr(model, "tiered_mem", None)
-        hooks = feeder.routes.force(model)
-        try:
+        with ExitStack() as undo:
+            for hook in feeder.routes.force(model):
+                undo.callback(hook.remove)
+            undo.enter_context(_as_generate_does(model))
             feeder.start(model)
             run: dict[str, Any] = {"warmup_seconds": feeder.seconds(model, plan.warmup)}
             run["rounds"] = []
@@ -129,9 +138,6 @@ class Decode:
                 run["layer_seconds"] = layer_seconds(feeder, model, plan.looks)
                 run["host_syncs_per_token"] = host_syncs(feeder, model, plan.looks)
             run |= self._compare_logits()
-        finally:
-            for hook in hooks:
-                hook.remove()
         rates = [len(r["seconds"]) / sum(r["seconds"]) for r in run["rounds"]]
         run["tokens_per_second"] = statistics.median(rates)
         if handle is not None:
