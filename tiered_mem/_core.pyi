@@ -175,6 +175,22 @@ class Device:
     def pin(self, address: int, nbytes: int) -> Pin:
         """Page-lock a range of host memory, page-aligned. Raises `DeviceError`."""
 
+class QueueDevice(Device):
+    """A device whose copies are made by whoever takes its commands."""
+
+    def __init__(self) -> None: ...
+    def add_pinned(self, address: int, nbytes: int, owner: object) -> None:
+        """Stage in this page-locked memory from now on. Raises `ConfigError` if there is some."""
+    def take_in(self) -> list[tuple[int, list[tuple[int, int, int]], list[int]]] | None:
+        """Wait for (id, [(target, source, nbytes)], points to wait for); None once it is closed."""
+    def take_out(self) -> list[tuple[int, list[tuple[int, int, int]], list[int]]] | None: ...
+    def complete(self, id: int) -> None: ...
+    def fail(self, id: int, message: str) -> None: ...
+    def take_forgotten(self) -> list[int]:
+        """Return the points that nobody will ask for any more."""
+    def close(self, message: str) -> None:
+        """Fail what is under way and all that comes."""
+
 def host_device() -> Device: ...
 def cuda_driver_version() -> int | None:
     """Return CUDA's version in the driver, 12080 for 12.8; None without a driver."""
@@ -290,7 +306,7 @@ class Tiers:
         `RuntimeClosedError`.
         """
     def acquire_resident(self, keys: npt.ArrayLike, stream: int = 0) -> Event | None:
-        """Pin the blocks if all are in HBM and ready, else None. Counts nothing: see `note_uses`."""
+        """Pin the blocks if all are in HBM and ready, or None. Counts nothing: see `note_uses`."""
     def note_uses(self, keys: npt.ArrayLike) -> None:
         """Count an event that used these blocks in HBM, and tell the policy."""
     def hint(self, keys: npt.ArrayLike, stream: int = 0, exact: bool = False) -> None:
