@@ -101,7 +101,8 @@ class Checkpoint:
             model_class = model_class or default_model_class(path, **hf_kwargs)
             _refuse_by_config(path, model_class, hf_kwargs)
             keep_stored = not (dequantise or asks_to_dequantise(hf_kwargs))
-            options = loading_options(load_config(path, **hf_kwargs), hf_kwargs)
+            given = {**hf_kwargs, "dtype": dtype}
+            options = loading_options(load_config(path, **hf_kwargs), given)
             taken: list[Checkpoint] = []
 
             def take(loading: Loading, resume: Any) -> Any:
@@ -109,7 +110,7 @@ class Checkpoint:
                 raise _Taken
 
             with intercept_loading(take):
-                model_class.from_pretrained(path, dtype=dtype, **options)
+                model_class.from_pretrained(path, **options)
         except _Taken:
             taken[0].loading_options = options
             return taken[0]

@@ -10,7 +10,12 @@ from torch import nn
 
 from tiered_mem.errors import CheckpointError
 from tiered_mem.hf.layout import ExpertLayout, num_experts, per_expert_tensors
-from tiered_mem.hf.quantised import Dequantiser, check_scales, is_smaller_stored
+from tiered_mem.hf.quantised import (
+    Dequantiser,
+    check_scales,
+    is_smaller_stored,
+    require_one_format,
+)
 from tiered_mem.hf.recipe import Reader, Recipe
 from tiered_mem.hf.tensor_file import TensorInfo
 
@@ -60,6 +65,7 @@ class ExpertLayer:
             weights = self._run(recipe, read, infos, config, quantizer)
             made |= weights
             if keep_stored and is_smaller_stored(recipe, read, weights):
+                require_one_format(recipe, infos)
                 kept.append(recipe)
         self._check_shapes(made)
         self.kept = frozenset(recipe.target for recipe in kept)

@@ -55,6 +55,10 @@ class TieredExperts:
             views = self._views[slot] = self.layout.views(block)
         return views
 
+    def weights(self, slot: int) -> Views:
+        """Return the weights of the expert in a slot, as the module's parameters for one expert."""
+        return self.layout.weights(self.views(slot))
+
     def __reduce__(self) -> Any:
         raise TieredMemError(
             "a model with tiered experts can't be pickled or copied; close it with "
@@ -147,7 +151,7 @@ def _run_experts(
         for position, slot in reading:
             mine = rows[position]
             states = hidden_states if mine is None else hidden_states[mine // num_top_k]
-            output = _expert(module, tiered.views(slot), states)
+            output = _expert(module, tiered.weights(slot), states)
             if outputs is None:
                 outputs = output.new_zeros(top_k_index.numel(), output.size(-1))
             # With one token the position is the row: experts are in the router's order.

@@ -152,10 +152,7 @@ class TieredModel:
             if number == layer
         )
         layout = self.layouts[layer]
-        whole = {
-            field.name: torch.empty(layout.num_experts, *field.shape, dtype=field.dtype)
-            for field in layout.fields
-        }
+        whole: dict[str, torch.Tensor] = {}
         block = allocate(layout.nbytes)
         with self.store.snapshot() as snapshot:
             for index in range(layout.num_experts):
@@ -166,8 +163,11 @@ class TieredModel:
                     if self._checkpoint is None:
                         raise
                     self._checkpoint.read_expert(layer, index, torch.from_numpy(block))
-                for name, view in layout.views(torch.from_numpy(block)).items():
-                    whole[name][index] = view
+                weights = layout.weights(layout.views(torch.from_numpy(block)))
+                for name, weight in weights.items():
+                    if name not in whole:
+                        whole[name] = weight.new_empty(layout.num_experts, *weight.shape)
+                    whole[name][index] = weight
         return {
             name: nn.Parameter(tensor, origin.requires_grad) if origin.is_parameter else tensor
             for name, tensor in whole.items()

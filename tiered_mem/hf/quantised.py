@@ -115,6 +115,18 @@ def is_smaller_stored(recipe: Recipe, read: Reader, made: Mapping[str, torch.Ten
     return sum(t.nbytes for t in stored) < sum(made[target].nbytes for target in recipe.targets)
 
 
+def require_one_format(recipe: Recipe, infos: Mapping[str, TensorInfo]) -> None:
+    """Raise `CheckpointError` unless the experts are all stored in the same format."""
+    for keys in recipe.sources.values():
+        expected = infos[keys[0]].format_dtype
+        for key in keys:
+            if infos[key].format_dtype != expected:
+                raise CheckpointError(
+                    f"tensor {key} is {infos[key].format_dtype}, but {keys[0]} of the same layer "
+                    f"{expected}; pass quantization_config with dequantize=True"
+                )
+
+
 def check_scales(recipe: Recipe, infos: Mapping[str, TensorInfo], quantizer: Any) -> None:
     """Raise `CheckpointError` unless fp8 matrices have a scale for each block of the config's size.
 

@@ -107,9 +107,9 @@ def from_pretrained(
         store = _packed_store(checkpoint, directory, codec, progress)
         undo.callback(store.close)
         model_class = model_class or default_model_class(path, **hf_kwargs)
-        with hollow_experts():
+        with hollow_experts(keep_stored=checkpoint.keeps_stored):
             model = model_class.from_pretrained(
-                path, experts_implementation=implementation, **hf_kwargs
+                path, experts_implementation=implementation, **checkpoint.loading_options
             )
         if runtime is None:  # "auto" again, now that the other weights have taken their part
             had_cycle = budgets.hbm >= needs.cycle_nbytes
