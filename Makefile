@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 BUILT := $(VENV)/built
-CPP := $(wildcard csrc/*.cpp csrc/*.h policies/eviction/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu policies/eviction/*.h)
 CLANG_FORMAT := $(VENV_PYTHON) -c 'import clang_format as f; f.clang_format()'
 
 # Small matmuls on several threads are many times slower when a core is busy.
@@ -40,7 +40,7 @@ format: build  ## bring all sources into shape
 build: $(BUILT)  ## make the venv, install and compile
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info tiered_mem/_core*.so
+	rm -rf $(VENV) build dist *.egg-info tiered_mem/_core*.so tiered_mem/kernels.fatbin
 
 $(VENV)/ready: .ci/make_venv.py
 	@$(PYTHON) .ci/make_venv.py $(VENV) '$(TORCH)'

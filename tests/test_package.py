@@ -43,7 +43,8 @@ def test_wheel_holds_what_is_imported(wheel: zipfile.ZipFile) -> None:
     assert sources <= set(names)
     assert {"tiered_mem/py.typed", "tiered_mem/_core.pyi"} <= set(names)
     assert f"tiered_mem/{Path(_core.__file__).name}" in names
-    assert "tiered_mem/policies/eviction/lru.h" in names
+    assert {"tiered_mem/policies/eviction/lru.h", "tiered_mem/kernels.cu"} <= set(names)
+    assert ("tiered_mem/kernels.fatbin" in names) == (shutil.which("nvcc") is not None)
     assert {f"tiered_mem/report/page.{end}" for end in ("html", "css", "js")} <= set(names)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
