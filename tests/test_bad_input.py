@@ -25,6 +25,7 @@ from tiered_mem.errors import (
     CheckpointError,
     ChecksumError,
     ConfigError,
+    DeviceError,
     StoreError,
     StoreFullError,
     StoreMismatchError,
@@ -33,7 +34,7 @@ from tiered_mem.errors import (
     UnsupportedModelError,
 )
 from tiered_mem.hf import pack as packing
-from tiered_mem.hf.device import require_host_device_map, warn_of_unused_gpu
+from tiered_mem.hf.device import warn_of_unused_gpu
 from tiered_mem.runtime import Runtime
 
 pytestmark = pytest.mark.filterwarnings("ignore::tiered_mem.BudgetWarning")
@@ -135,7 +136,7 @@ def test_auto_is_checked_again_once_the_weights_are_there(
     slot = saved.slot_nbytes
     resolve, left = Budgets.resolve, iter([0, 0])
 
-    def resolve_auto(hbm: Any, dram: Any, *, whole: int) -> Budgets:
+    def resolve_auto(hbm: Any, dram: Any, *, whole: int, **_: Any) -> Budgets:
         return resolve(next(left), 0, whole=whole) if hbm == "auto" else resolve(hbm, dram, whole=0)
 
     monkeypatch.setattr(Budgets, "resolve", resolve_auto)
@@ -155,45 +156,86 @@ def test_auto_is_checked_again_once_the_weights_are_there(
 
 
 @pytest.mark.parametrize(
-    "device_map",
-    ["cuda", "cuda:1", "meta", 0, torch.device("cuda"), {"model": "cpu", "lm_head": "disk"}],
+    ("options", "says"),
+    [
+        ({"device": "nowhere"}, "is no device.*cuda:0"),
+        ({"device_map": "meta"}, "experts can't be on 'meta'"),
+        ({"device": "cpu", "device_map": "cpu"}, "both say"),
+        ({"device_map": {"model": "cpu", "lm_head": "disk"}}, "disk"),
+        ({"device_map": {"lm_head": "cpu"}}, "names no device for model.layers.0"),
+        ({"device_map": {"": "cpu", "model.layers.1": "meta"}}, "on several"),
+    ],
     ids=str,
 )
-def test_weights_on_another_device(saved: Saved, device_map: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="host memory only"):
-        saved.load(nvme=tmp_path / "store", device_map=device_map)
+def test_devices_that_cant_be(
+    saved: Saved, options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        saved.load(nvme=tmp_path / "store", **options)
     assert not (tmp_path / "store").exists()
 
 
-def test_weights_on_the_host(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    for device_map in ("auto", "cpu", torch.device("cpu"), {"": "cpu"}):
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-        require_host_device_map(device_map)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.accelerator, "is_available", lambda: True)
-        with pytest.raises(ConfigError, match="'auto'"):
-            require_host_device_map("auto")
-    with torch.device("meta"), pytest.raises(ConfigError, match="'meta'"):
-        require_host_device_map(None)
-    with saved.on_tiers(device_map="cpu") as model:
-        assert torch.equal(generate(model, prompt()), generate(saved.model, prompt()))
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one")
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"device": "cuda:3"}, {"device_map": 0}])
+def test_a_device_that_isnt_there(saved: Saved, options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"cuda|accelerator"):
+        saved.load(nvme=tmp_path / "store", **options)
+    assert not (tmp_path / "store").exists()
 
 
-def test_a_model_on_another_device(tmp_path: Path) -> None:
+def test_weights_on_the_host(saved: Saved) -> None:
+    expected = generate(saved.model, prompt())
+    ways: list[dict[str, Any]] = [{"device": "cpu"}, {"device": torch.device("cpu")}]
+    ways += [{"device_map": place} for place in ("cpu", {"": "cpu"})]
+    if not torch.accelerator.is_available():
+        ways += [{"device": "auto"}, {"device_map": "auto"}]
+    for options in ways:
+        with saved.on_tiers(**options) as model:
+            assert torch.equal(generate(model, prompt()), expected)
+
+
+def test_a_model_on_two_devices(tmp_path: Path) -> None:
     model = families.build("qwen3_moe")[0]
     model.lm_head.to("meta")
-    with pytest.raises(ConfigError, match=r"lm_head.weight is on 'meta'.*to\('cpu'\)"):
+    with pytest.raises(ConfigError, match=r"lm_head.weight is on 'meta'.*by .to"):
         tiered_mem.offload(model, hbm="50%", nvme=tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
+def test_a_wrapped_model_stays_where_it_is(saved: Saved) -> None:
+    inputs = prompt()
+    with saved.on_tiers() as model:
+        for move in (
+            lambda: model.to("meta"),
+            lambda: model.to(torch.empty(0, device="meta")),
+            lambda: model.cuda(),
+            lambda: model.cuda(1),
+        ):
+            with pytest.raises(ConfigError, match=r"experts are on cpu.*device=.*unwrap"):
+                move()
+        assert model.to("cpu") is model and model.cpu() is model
+        assert torch.equal(generate(model, inputs), generate(saved.model, inputs))
+        model.model.layers[1].to("meta")  # behind the model's back
+        with pytest.raises((ConfigError, RuntimeError, NotImplementedError)):
+            generate(model, inputs)
+        experts = model.model.layers[0].mlp.experts
+        ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+        with pytest.raises(ConfigError, match="hidden states are on meta"):
+            experts(torch.zeros(1, 32, device="meta"), ids, torch.ones(1, 2, device="meta"))
+
+
 def test_a_gpu_that_isnt_used_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     warn_of_unused_gpu.cache_clear()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.warns(UserWarning, match="no CUDA backend") as caught:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")
+    )
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    with pytest.warns(UserWarning, match="device='auto' would use cuda:0") as caught:
         for _ in range(2):
             warn_of_unused_gpu()
     assert len(caught) == 1
+    warn_of_unused_gpu.cache_clear()
 
 
 # --- checkpoints ---

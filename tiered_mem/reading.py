@@ -156,3 +156,24 @@ class Reading:
                 ready.append(i)
             left -= len(ready)
             yield [positions[i] for i in ready], [slots[i] for i in ready]
+
+
+class Resident:
+    """Blocks of an event that were all in HBM, pinned inside a `with` statement."""
+
+    __slots__ = ("_backend", "_event", "slots")
+
+    def __init__(self, event: Any, backend: Backend) -> None:
+        self._event, self._backend = event, backend
+        self.slots: list[int] = event.slots
+
+    def __enter__(self) -> Resident:
+        compute = self._backend.compute() if self._backend.stream_ordered else 0
+        left = len(self.slots)
+        while left:
+            ready, _ = self._event.wait_any(compute)  # at once: they were ready when it began
+            left -= len(ready)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._event.release(self._backend.compute())

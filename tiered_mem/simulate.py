@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiered_mem import _core
+from tiered_mem.device.host import HOST
 from tiered_mem.errors import ChecksumError, ConfigError
 from tiered_mem.keys import BlockKey, KeyArray, Kind, unpack_keys
 from tiered_mem.policies.prefetch import Decision, ModelInfo, Oracle, Predictor, make_predictor
@@ -217,6 +218,7 @@ class _EventRun:
     """A trace's events on virtual tiers."""
 
     given_back = False  # see tiered_mem.reading.Owner
+    backend = HOST
 
     def __init__(
         self,

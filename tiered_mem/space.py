@@ -13,7 +13,7 @@ import numpy.typing as npt
 from tiered_mem.catalogue import ALIGNMENT, round_up
 from tiered_mem.errors import ChecksumError, ConfigError, RuntimeClosedError
 from tiered_mem.keys import BlockKey
-from tiered_mem.reading import GIVEN_BACK, Reading
+from tiered_mem.reading import GIVEN_BACK, Reading, Resident
 from tiered_mem.store import Store
 
 if TYPE_CHECKING:
@@ -85,6 +85,31 @@ class Space:
         """
         keys = self._keys(layer, indices)
         return Reading(self, keys, self._nbytes[layer], threading.get_ident())
+
+    def begin_resident(self, layer: int) -> Resident | None:
+        """Pin all blocks of a layer if all are in HBM; None if one isn't.
+
+        Returns a context manager with their `slots`, in order. What is computed on the current
+        stream inside it comes after their arrival, and before they are replaced. Nothing is counted
+        and no policy is told: `note_uses` does that, when it is known. Raises `RuntimeClosedError`.
+        """
+        if self._closed:
+            raise RuntimeClosedError(GIVEN_BACK)
+        keys = self._layers.get(layer)
+        if keys is None or len(keys) < self._num_blocks[layer]:
+            return None
+        event = self.tiers.acquire_resident(keys, threading.get_ident())
+        return None if event is None else Resident(event, self.backend)
+
+    def note_uses(self, layer: int, indices: Sequence[int]) -> None:
+        """Count an event that used blocks inside `begin_resident`, and tell the policy."""
+        if self._closed:
+            return
+        try:
+            self.tiers.note_uses(self._keys(layer, indices))
+        except RuntimeClosedError:
+            if not self.closed:
+                raise
 
     def view(self, slot: int, nbytes: int) -> Any:
         """Return the bytes of a slot as a tensor on the device: uint8, [nbytes], not a copy.

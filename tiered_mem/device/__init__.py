@@ -54,6 +54,9 @@ class Backend(Protocol):
         Raises `DeviceError` for memory that isn't in a segment.
         """
 
+    def span(self, address: int) -> tuple[int, int]:
+        """Return the bounds of the memory around a segment's address that one `view` may span."""
+
     def wrap(self, memory: npt.NDArray[np.uint8]) -> torch.Tensor:
         """Return HBM's mapping as a tensor on the device, where HBM is host memory."""
 

@@ -108,6 +108,9 @@ class CudaBackend:
             raise DeviceError(f"{nbytes} bytes at {address:#x} aren't in a segment of {self.name}")
         return self._from_address(address, nbytes, held)
 
+    def span(self, address: int) -> tuple[int, int]:
+        return self._segments.span(address, neighbours=True)
+
     def wrap(self, memory: npt.NDArray[np.uint8]) -> torch.Tensor:
         return self._from_address(memory.ctypes.data, memory.nbytes, memory)
 

@@ -35,6 +35,9 @@ class HostBackend:
     def view(self, address: int, nbytes: int) -> torch.Tensor:
         raise DeviceError("on the host slots are offsets in HBM's mapping, not addresses")
 
+    def span(self, address: int) -> tuple[int, int]:
+        raise DeviceError("on the host slots are offsets in HBM's mapping, not addresses")
+
     def wrap(self, memory: npt.NDArray[np.uint8]) -> torch.Tensor:
         import torch
 

@@ -183,6 +183,9 @@ class PortableBackend:
             )
         return tensor
 
+    def span(self, address: int) -> tuple[int, int]:
+        return self._segments.span(address, neighbours=False)
+
     def wrap(self, memory: npt.NDArray[np.uint8]) -> torch.Tensor:
         raise DeviceError(f"{self.name} has its own memory: HBM isn't a mapping of the host's")
 

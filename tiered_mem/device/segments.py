@@ -47,6 +47,18 @@ class Segments:
             address = tensor.data_ptr() + tensor.numel()
         return found
 
+    def span(self, address: int, *, neighbours: bool) -> tuple[int, int]:
+        """Return the bounds of the segment around an address, and of its `neighbours` too."""
+        tensor = self._holding(address)
+        if tensor is None:
+            return address, address
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel()
+        while neighbours and (tensor := self._holding(end)) is not None:
+            end = tensor.data_ptr() + tensor.numel()
+        while neighbours and (tensor := self._holding(start - 1)) is not None:
+            start = tensor.data_ptr()
+        return start, end
+
     def _holding(self, address: int) -> torch.Tensor | None:
         addresses = self._addresses
         # A segment that is gone may stand before the one that holds the address.

@@ -1,4 +1,4 @@
-"""The experts function: stock experts modules computing on blocks as they arrive.
+"""The experts function: stock experts modules whose weights are where the runtime puts them.
 
 Registered in transformers' experts interface. The formula is the interface's own (up, gate or
 activation, down, optional norm, router weight, sum); only where a weight comes from differs. Sums
@@ -8,15 +8,19 @@ are taken in a fixed order whatever the order of arrival, so tokens don't depend
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.integrations.moe import ExpertsInterface
 
 from tiered_mem.errors import RuntimeClosedError, TieredMemError, UnsupportedModelError
-from tiered_mem.hf.layout import ExpertLayout
+from tiered_mem.hf import pooled
+from tiered_mem.hf.device import Home
+from tiered_mem.hf.layout import ExpertLayout, Views
+from tiered_mem.hf.pool import MOST_GROUPS, Groups, group
+from tiered_mem.hf.pooled import one_expert
 from tiered_mem.hf.prefetch import RouterHooks
 from tiered_mem.space import Space
 
@@ -30,34 +34,40 @@ IMPLEMENTATIONS = {
     "eager": "tiered_eager",
 }
 
-Views = dict[str, torch.Tensor]
-
 
 class TieredExperts:
     """What an experts module needs to find its weights: set as its attribute `tiered`."""
 
     def __init__(
-        self, space: Space, layer: int, layout: ExpertLayout, hooks: RouterHooks | None
+        self,
+        space: Space,
+        layer: int,
+        layout: ExpertLayout,
+        hooks: RouterHooks | None,
+        home: Home,
     ) -> None:
         self.space = space
         self.layer = layer
         self.layout = layout
         self.hooks = hooks
+        self.home = home
         self.recorder: Recorder | None = None
-        self.memory = torch.from_numpy(space.memory)
+        self.resident: pooled.Resident | None = None
+        self.dtype = max(layout.fields, key=lambda field: field.nbytes).dtype
         self._views: dict[int, Views] = {}
-
-    def views(self, slot: int) -> Views:
-        """Return the weights in a slot as tensors. A slot's views never change: they are kept."""
-        views = self._views.get(slot)
-        if views is None:
-            block = self.memory[slot : slot + self.layout.nbytes]
-            views = self._views[slot] = self.layout.views(block)
-        return views
 
     def weights(self, slot: int) -> Views:
         """Return the weights of the expert in a slot, as the module's parameters for one expert."""
-        return self.layout.weights(self.views(slot))
+        views = self._views.get(slot)
+        if views is None:
+            views = self.layout.views(self.home.view(slot, self.layout.nbytes))
+            if self.home.keeps_memory:
+                self._views[slot] = views
+        return self.layout.weights(views)
+
+    def group(self, slots: Sequence[int]) -> Groups:
+        """Cover slots with windows: the weight tensors of a grouped matmul."""
+        return group(slots, self.layout.slot_nbytes, self.home.span_of, MOST_GROUPS)
 
     def __reduce__(self) -> Any:
         raise TieredMemError(
@@ -114,8 +124,16 @@ def _forward(
 ) -> torch.Tensor:
     if hidden_states.size(0) == 0:
         return torch.zeros_like(hidden_states)
+    tiered: TieredExperts | None = getattr(module, "tiered", None)
+    if tiered is None:
+        raise RuntimeClosedError(
+            "this model's experts were given back by close(): load the model again to use it"
+        )
+    if hidden_states.device != tiered.home.device:
+        raise tiered.home.elsewhere(hidden_states.device)
+    run = pooled.run if tiered.home.uses_pool else _run_on_arrival
     with torch.no_grad():
-        outputs = _run_experts(module, hidden_states, top_k_index, top_k_weights, like_eager)
+        outputs = run(module, hidden_states, top_k_index, top_k_weights, like_eager)
         if getattr(module, "has_post_expert_norm", False):
             outputs = module.post_expert_norm(outputs)  # type: ignore[operator]
         sum_up = _sum_like_eager if like_eager else _sum_like_grouped_mm
@@ -125,19 +143,18 @@ def _forward(
     return result  # type: ignore[no-any-return]
 
 
-def _run_experts(
+def _run_on_arrival(
     module: nn.Module,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     by_rank: bool,
 ) -> torch.Tensor:
-    """Return each token's output of each of its experts, [tokens * k, hidden]."""
-    tiered: TieredExperts | None = getattr(module, "tiered", None)
-    if tiered is None:
-        raise RuntimeClosedError(
-            "this model's experts were given back by close(): load the model again to use it"
-        )
+    """Return each token's output of each of its experts, [tokens * k, hidden].
+
+    On the host: each expert is computed on when its block has arrived.
+    """
+    tiered: TieredExperts = module.tiered  # type: ignore[assignment]
     num_top_k = top_k_index.size(-1)
     ids, rows = _group(top_k_index, module.num_experts, by_rank)  # type: ignore[arg-type]
     outputs: torch.Tensor | None = None
@@ -151,7 +168,7 @@ def _run_experts(
         for position, slot in reading:
             mine = rows[position]
             states = hidden_states if mine is None else hidden_states[mine // num_top_k]
-            output = _expert(module, tiered.weights(slot), states)
+            output = one_expert(module, tiered.weights(slot), states)
             if outputs is None:
                 outputs = output.new_zeros(top_k_index.numel(), output.size(-1))
             # With one token the position is the row: experts are in the router's order.
@@ -189,24 +206,6 @@ def _group(
     rows = list(torch.split(indices, counts.tolist()))
     valid = sum(i < num_experts for i in ids)
     return ids[:valid], rows[:valid]
-
-
-def _expert(module: Any, views: Views, states: torch.Tensor) -> torch.Tensor:
-    """Apply one expert to `states`, [rows, hidden] -> [rows, hidden]."""
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _linear(module, views, first, states)
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    return _linear(module, views, "down_proj", inner)
-
-
-def _linear(module: Any, views: Views, name: str, states: torch.Tensor) -> torch.Tensor:
-    weight = views[name]
-    states = states.to(weight.dtype)
-    out = states @ weight if module.is_transposed else F.linear(states, weight)
-    if module.has_bias:
-        # Apart from the product, as the stock functions do: fused, it would round differently.
-        out = out.add_(views[name + "_bias"])
-    return out
 
 
 def _sum_like_grouped_mm(

@@ -12,13 +12,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tiered_mem.config import Budgets
-from tiered_mem.errors import ChecksumError, RuntimeClosedError, TieredMemError
+from tiered_mem.config import Budgets, format_size, memory_to_spare
+from tiered_mem.errors import BudgetError, ChecksumError, RuntimeClosedError, TieredMemError
 from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.hf.detect import find_experts
+from tiered_mem.hf.device import Home, refuse_moves
 from tiered_mem.hf.experts import TieredExperts
 from tiered_mem.hf.hollow import Origin
 from tiered_mem.hf.layout import ExpertLayout
+from tiered_mem.hf.low_vram import RoomMaker
+from tiered_mem.hf.overrides import Overrides, refuse_copies
 from tiered_mem.hf.prefetch import RouterHooks
 from tiered_mem.hf.record import Recorder
 from tiered_mem.keys import BlockKey, Kind
@@ -43,14 +46,20 @@ class TieredModel:
         prefetch: str | Predictor,
         resources: ExitStack,
         stock_implementation: str | None,
+        *,
+        owns_runtime: bool,
     ) -> None:
-        """Take over `resources`, of which what is to be closed first came last."""
+        """Take over `resources`, of which what is to be closed first came last.
+
+        `owns_runtime`: the runtime is among them, and no other model's.
+        """
         self.model = model
         self.layouts = list(layouts)
         self.store = store
         self.runtime = space.runtime
         predictor = make_predictor(prefetch)
         self.prefetch = predictor.name
+        self._owns_runtime = owns_runtime
         self._checkpoint = checkpoint
         self._stock_implementation = stock_implementation
         self._baseline = self.runtime.stats()
@@ -64,11 +73,18 @@ class TieredModel:
             layer_resident=self._space.layer_resident,
             worthwhile=self._space.prefetch_pays,
         )
+        self.home = Home(space, stock_implementation)
         self.experts: list[TieredExperts] = []
         for _, module, layer in self._experts:
-            tiered = TieredExperts(self._space, layer, self.layouts[layer], self.hooks)
+            tiered = TieredExperts(self._space, layer, self.layouts[layer], self.hooks, self.home)
             module.tiered = tiered  # type: ignore[assignment]
             self.experts.append(tiered)
+        self._overrides = Overrides(model)
+        refuse_moves(self._overrides, self.home.device)
+        refuse_copies(self._overrides)
+        self.home.follow_generate(self._overrides)
+        maker = RoomMaker(self.runtime, self._start_over)
+        self._overrides.set("forward", maker.guard(model.forward))
         # Also when the model is dropped without close(), and at the end of the process.
         self._give_back = weakref.finalize(self, _give_back, resources.pop_all(), os.getpid())
 
@@ -81,11 +97,16 @@ class TieredModel:
         return self.runtime.budgets
 
     def stats(self) -> Stats:
-        """Return the runtime's counts since the model was wrapped, or since `reset_stats`."""
+        """Return the runtime's counts since the model was wrapped, or since `reset_stats`.
+
+        On a device, waits for what the model was asked so far.
+        """
+        self.home.late.drain()
         return self.runtime.stats() - self._baseline
 
     def reset_stats(self) -> None:
         """Count from now on."""
+        self.home.late.drain()
         self._baseline = self.runtime.stats()
 
     def prefetch_report(self) -> dict[str, Any]:
@@ -132,18 +153,51 @@ class TieredModel:
 
         A block that is damaged in the store is read from the checkpoint.
 
-        Raises `RuntimeClosedError` if it is closed already; `StoreError` or `TransferError` if a
-        block can't be read (then the model stays wrapped).
+        They go to the device that the experts' layers are on.
+
+        Raises `RuntimeClosedError` if it is closed already; `BudgetError` if they don't fit there,
+        `StoreError` or `TransferError` if a block can't be read (then the model stays wrapped).
         """
         if self.closed:
             raise RuntimeClosedError("this model is closed: its experts are gone; load it again")
+        self._check_room()
         parameters = [self._read_layer(layer) for layer in range(len(self.layouts))]
         self.close()
+        for tensors in parameters:  # each layer's host memory goes as its turn comes
+            for name in tensors:
+                tensors[name] = self._move_home(tensors[name])
         for _, module, layer in self._experts:
             put_back(module, parameters[layer])
         self.model.set_experts_implementation(self._stock_implementation or "grouped_mm")
-        del self.model.save_pretrained, self.model.__reduce_ex__, self.model.tiered_mem
+        self._overrides.undo()
+        del self.model.tiered_mem
         return self.model
+
+    def _check_room(self) -> None:
+        """Raise `BudgetError` if the experts wouldn't fit in memory, on their device or on the way.
+
+        What HBM and DRAM hold now is free then, if no other model needs it.
+        """
+        needed = sum(layout.num_experts * layout.nbytes for layout in self.layouts)
+        backend = self.runtime.backend
+        places = {"host memory": memory_to_spare()}
+        if not backend.in_place:
+            # A runtime of this model's own goes with it.
+            given_back = self.budgets.hbm if self._owns_runtime else 0
+            places[backend.name] = backend.memory()[0] + given_back
+        for place, available in places.items():
+            if needed > available:
+                raise BudgetError(
+                    f"the experts have {format_size(needed)}, and {place} has only "
+                    f"{format_size(available)} for them: the model stays as it is; free memory, or "
+                    "load its checkpoint where it fits"
+                )
+
+    def _move_home(self, tensor: torch.Tensor) -> torch.Tensor:
+        moved = tensor.to(self.home.device)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(moved, tensor.requires_grad)
+        return moved
 
     def _read_layer(self, layer: int) -> dict[str, torch.Tensor]:
         origins: dict[str, Origin] = next(  # of modules that share a layer, any
@@ -173,6 +227,14 @@ class TieredModel:
             for name, tensor in whole.items()
             for origin in [origins[name]]
         }
+
+    def _start_over(self) -> None:
+        """Void what was noted of a forward that failed in this thread."""
+        self.hooks.forget()
+        for experts in self.experts:
+            if experts.recorder is not None:
+                experts.recorder.forget()
+                break
 
     def _hint(self, layer: int, ranked: Sequence[int], exact: bool) -> None:
         self._space.hint(layer, ranked, exact=exact)

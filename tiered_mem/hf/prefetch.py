@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from tiered_mem.hf.ghost import Extra, Ghost, GhostError, RouterBlock, Step
-from tiered_mem.hf.route import RouterRoute, model_info, rank_by_weight
+from tiered_mem.hf.route import RouterRoute, last_state, model_info, rank_by_weight
 from tiered_mem.policies.prefetch import Predictor, Route
 from tiered_mem.policies.prefetch.hash_exact import TABLE, hashed_experts
 
@@ -89,6 +89,16 @@ class _Thread(threading.local):
         self.calls: list[_Call] = []
 
 
+class Seen(NamedTuple):
+    """What is known where a router has spoken, without having waited for the device."""
+
+    layer: _Layer | None = None  # None: nobody wants to know
+    residual: torch.Tensor | None = None
+    extra: Extra = _NO_EXTRA
+    pays: bool = False
+    ahead: tuple[torch.Tensor, ...] = ()  # what the prediction is made of, on the device
+
+
 class RouterHooks:
     """Predicts the next layer's experts whenever a router has spoken.
 
@@ -155,27 +165,74 @@ class RouterHooks:
         """Predict the layer after `layer`, whose router chose `top_k_index` [tokens, k].
 
         Called by the experts right after they have asked for their own blocks, so that the
-        prediction overlaps their loads.
+        prediction overlaps their loads. On a device that the host would have to wait for, call
+        `look` before the ids are copied out, and `predict` with what was copied.
         """
-        observer = self._observer
-        if self._closed or not (self._predictor.follows_routes or observer is not None):
+        self.predict(self._see(layer, top_k_index), top_k_index)
+
+    def follows(self, layer: int) -> bool:
+        """Whether anybody wants to know on the host what the router of `layer` chose."""
+        here = self._layers[layer]
+        predictor, following = self._predictor, here.next
+        if self._observer is not None or (predictor.follows_routes and predictor.learns):
+            return not self._closed
+        resident = self._layer_resident
+        follows = (
+            predictor.follows_routes
+            and following.table_of is None
+            and not (resident is not None and resident(following.index))
+            and not self._closed
+        )
+        if not follows:
+            self._take_residual(here)
+        return follows
+
+    def look(self, layer: int, top_k_index: torch.Tensor) -> Seen:
+        """Queue on the device what predicting will need: its `ahead` is to be copied out too."""
+        seen = self._see(layer, top_k_index)
+        if seen.layer is None or not (seen.pays or self._predictor.learns):
+            return seen
+        ahead: tuple[torch.Tensor, ...] = ()
+        if self._predictor.looks_ahead:
+            ahead = self._ask_ghost(seen.layer.next, seen.residual, seen.extra)
+        elif self._predictor.uses_residual and seen.residual is not None:
+            last = last_state(seen.residual, top_k_index.shape[0], self.info.hidden_size)
+            ahead = () if last is None else (last,)
+        return seen._replace(ahead=ahead)
+
+    def predict(
+        self, seen: Seen, top_k_index: torch.Tensor, ahead: Sequence[torch.Tensor] = ()
+    ) -> None:
+        """Predict by what was seen; `top_k_index` and `ahead` may be its copies on the host."""
+        here, observer = seen.layer, self._observer
+        if here is None or self._closed:
             return
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            route = self._route(here, seen, top_k_index, ahead)
+            if observer is not None:
+                observer(route)
+            if not (seen.pays or self._predictor.learns) or not self._predictor.follows_routes:
+                return
+            ranked = self._predictor.predict(route)
+        if seen.pays and len(ranked):
+            self._hint(here.next.index, ranked, False)
+
+    def forget(self) -> None:
+        """Drop what this thread's forward has come by: it starts again."""
+        self._thread.residual, self._thread.extra = None, _NO_EXTRA
+        self._thread.calls.clear()
+
+    def _see(self, layer: int, top_k_index: torch.Tensor) -> Seen:
+        if self._closed or not (self._predictor.follows_routes or self._observer is not None):
+            return Seen()
         here = self._layers[layer]
         here.num_events += 1
         residual = self._take_residual(here)
         extra = self._thread.extra if here.has_extra else _NO_EXTRA
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            if self._looks_ahead and here.ghost is None:
+        if self._looks_ahead and here.ghost is None:
+            with torch.no_grad():
                 self._build_ghost(here, residual, extra, top_k_index)
-            route = self._route(here, residual, extra, top_k_index)
-            if observer is not None:
-                observer(route)
-            pays = self._may_pay(here, here.next)
-            if not (pays or self._predictor.learns) or not self._predictor.follows_routes:
-                return
-            ranked = self._predictor.predict(route)
-        if pays and len(ranked):
-            self._hint(here.next.index, ranked, False)
+        return Seen(here, residual, extra, self._may_pay(here, here.next))
 
     def observe(self, observer: Observer | None) -> None:
         """Call `observer` with every `Route` from now on, in the thread that generates; None: no.
@@ -327,32 +384,42 @@ class RouterHooks:
         return following.worthwhile or here.num_events % _PROBE_EVERY == 0
 
     def _route(
-        self, here: _Layer, residual: torch.Tensor | None, extra: Extra, top_k_index: torch.Tensor
+        self, here: _Layer, seen: Seen, top_k_index: torch.Tensor, ahead: Sequence[torch.Tensor]
     ) -> RouterRoute:
+        def look_ahead() -> Sequence[int]:
+            ids_and_weights = ahead
+            if not (self._predictor.looks_ahead and ahead):
+                ids_and_weights = self._ask_ghost(here.next, seen.residual, seen.extra)
+            return rank_by_weight(*ids_and_weights) if ids_and_weights else ()
+
         return RouterRoute(
             here.index,
             here.next.index,
             (here.num_experts, here.next.num_experts),
             self.info.hidden_size,
             top_k_index,
-            residual,
-            lambda: self._look_ahead(here.next, residual, extra),
+            seen.residual,
+            look_ahead,
+            last=ahead[0] if ahead and not self._predictor.looks_ahead else None,
         )
 
-    def _look_ahead(
+    def _ask_ghost(
         self, following: _Layer, residual: torch.Tensor | None, extra: Extra
-    ) -> Sequence[int]:
+    ) -> tuple[torch.Tensor, ...]:
+        """Return ids [tokens, up to 2k] and weights as the next gate ranks them; () if it can't."""
         ghost = following.ghost
         # After the last layer there is no residual stream that the first one will see.
         if ghost is None or residual is None or following is self._first:
             return ()
         try:
-            ids, weights = ghost.route(residual, extra)
+            with torch.no_grad():
+                return ghost.route(residual, extra)
+        except torch.OutOfMemoryError:  # a prediction isn't worth what it would take to make room
+            return ()
         except Exception as error:
             # The model was changed under the ghost. It is built again, from what is there then.
             following.fail(f"its router doesn't run alone: {error!r}")
             return ()
-        return rank_by_weight(ids, weights)
 
     def _watch_tokens(self, model: nn.Module) -> None:
         embedding = model.get_input_embeddings()  # type: ignore[operator]

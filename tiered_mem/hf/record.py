@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,7 @@ class _Thread(threading.local):
     num_tokens: int = 0  # of the sequence, before this forward
     phase: Phase = Phase.PREFILL
     width: int = 0  # tokens of this forward
+    events: list[_Event] = field(default_factory=list)  # of this forward
     ended: float = 0.0  # the last event, seconds
     started: float = 0.0
     stall_ns: int = 0
@@ -154,8 +155,18 @@ class Recorder:
             here.num_tokens = 0
         else:
             here.num_tokens += here.width
+        here.events.clear()
         here.phase = Phase.PREFILL if width > 1 else Phase.DECODE
         here.width = width
+
+    def forget(self) -> None:
+        """Drop the events of this thread's forward: it failed and runs again."""
+        here = self._thread
+        void = {id(event) for event in here.events}
+        with self._lock:
+            self._events = [event for event in self._events if id(event) not in void]
+        here.events.clear()
+        here.route = None
 
     def _on_route(self, route: Route) -> None:
         self._thread.route = route
@@ -195,6 +206,7 @@ class Recorder:
             ahead,
             hidden,
         )
+        here.events.append(event)
         with self._lock:
             self._events.append(event)
         # What recording took isn't the model's.

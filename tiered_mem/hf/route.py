@@ -35,6 +35,7 @@ class RouterRoute:
         stream: the residual stream that the router saw, [..., hidden] with its tokens in the same
             order, perhaps with several streams a token; None if it isn't known.
         look_ahead: ranks the next layer's experts by its gate.
+        last: the `last_state` of the stream, where it has been copied out already.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class RouterRoute:
         top_k_index: torch.Tensor,
         residual: torch.Tensor | None,
         look_ahead: Callable[[], Sequence[int]],
+        last: torch.Tensor | None = None,
     ) -> None:
         self.layer, self.next_layer = layer, next_layer
         self.stream = threading.get_ident()
@@ -53,6 +55,7 @@ class RouterRoute:
         self.top_k: int = top_k_index.shape[-1]
         self._hidden_size = hidden_size
         self._top_k_index, self._residual, self._look_ahead = top_k_index, residual, look_ahead
+        self._last = last
         self._ahead: Sequence[int] | None = None
 
     def experts(self) -> Sequence[int]:
@@ -73,14 +76,24 @@ class RouterRoute:
 
     def residual(self) -> npt.NDArray[np.float32] | None:
         """Of several streams a token it is their mean."""
-        given, size = self._residual, self._hidden_size
-        num_tokens = self._top_k_index.shape[0]
-        if given is None or not size or given.numel() % (num_tokens * size):
+        last = self._last
+        if last is None and self._residual is not None:
+            last = last_state(self._residual, self._top_k_index.shape[0], self._hidden_size)
+        if last is None:
             return None
-        last = given.detach().reshape(num_tokens, -1, size)[-1]
-        mean = last[0] if last.shape[0] == 1 else last.mean(0)
-        copied: npt.NDArray[np.float32] = mean.to("cpu", torch.float32, copy=True).numpy()
+        copied: npt.NDArray[np.float32] = last.to("cpu", copy=True).numpy()
         return copied
+
+
+def last_state(stream: torch.Tensor, num_tokens: int, hidden_size: int) -> torch.Tensor | None:
+    """Return the last token's state, float32 [hidden] (of several streams their mean), or None.
+
+    None where `stream` isn't one of so many tokens and so wide.
+    """
+    if not hidden_size or stream.numel() % (num_tokens * hidden_size):
+        return None
+    last = stream.detach().reshape(num_tokens, -1, hidden_size)[-1]
+    return (last[0] if last.shape[0] == 1 else last.mean(0)).float()
 
 
 def rank_by_weight(ids: torch.Tensor, weights: torch.Tensor) -> list[int]:

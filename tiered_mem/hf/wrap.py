@@ -18,23 +18,31 @@ from transformers import PreTrainedModel
 
 from tiered_mem.catalogue import Codec
 from tiered_mem.config import Budgets, Size, WorkingSet
+from tiered_mem.device import Backend
 from tiered_mem.environment import FILE_NAMES
 from tiered_mem.errors import (
     AlreadyWrappedError,
     ConfigError,
     RuntimeClosedError,
     StoreBusyError,
-    TieredMemError,
 )
 from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.hf.detect import require_experts
-from tiered_mem.hf.device import require_host_device_map, require_host_model, warn_of_unused_gpu
+from tiered_mem.hf.device import (
+    choose_device,
+    home_in_map,
+    home_of,
+    require_one_device,
+    usable,
+    warn_of_unused_gpu,
+)
 from tiered_mem.hf.experts import IMPLEMENTATIONS
 from tiered_mem.hf.handle import Progress, TieredModel, put_back
 from tiered_mem.hf.hollow import hollow_experts, hollow_model
 from tiered_mem.hf.layout import ExpertLayout, per_expert_tensors
 from tiered_mem.hf.loading import default_model_class
 from tiered_mem.hf.pack import open_packed, pack
+from tiered_mem.hf.room import room_for
 from tiered_mem.hf.route import model_info
 from tiered_mem.hf.working_set import working_set
 from tiered_mem.keys import BlockKey, Kind
@@ -48,6 +56,7 @@ from tiered_mem.store import Store, allocate
 def from_pretrained(
     path_or_id: str | Path,
     *,
+    device: str | torch.device | None = None,
     hbm: Size | None = None,
     dram: Size | None = None,
     nvme: str | Path | None = None,
@@ -66,8 +75,13 @@ def from_pretrained(
 
     Args:
         path_or_id: A directory or hub id with safetensors files.
-        hbm, dram: Budgets: bytes, "6GiB", "25%" (of all experts), or "auto" (the default). Without
-            a GPU, host memory plays HBM's part. `dram=0` means no DRAM tier.
+        device: Where the model goes, its experts' HBM with it: "cuda:0", "cpu", or "auto" (torch's
+            accelerator if there is one). transformers' `device_map` may say it instead: all layers
+            with experts on one device, and "auto" means the same as here. Default: torch's default
+            device, the CPU unless it was set, where host memory plays HBM's part.
+        hbm, dram: Budgets: bytes, "6GiB", "25%" (of all experts), or "auto" (the default): on a
+            device, HBM then leaves room for activations and KV (`tiered_mem.hf.room`). `dram=0`
+            means no DRAM tier.
         nvme: Directory of the store. Packed into on first use (`tiered-mem pack` does it ahead) and
             kept; None: a temporary one that goes with the model.
         eviction: Name of an eviction policy, or a class derived from
@@ -80,7 +94,8 @@ def from_pretrained(
         **hf_kwargs: What `from_pretrained` of transformers takes.
 
     Raises:
-        ConfigError, BudgetError: options that can't be used, a device other than the CPU.
+        ConfigError, BudgetError: options that can't be used.
+        DeviceError: a device that isn't there or can't be used.
         UnsupportedModelError: not a Mixture of Experts, or not behind transformers' interface.
         CheckpointError: files missing, truncated or not fitting the model.
         StoreError: the store can't be used, or is another checkpoint's (`StoreMismatchError`).
@@ -88,12 +103,18 @@ def from_pretrained(
     predictor = _check_options(prefetch, eviction, codec, hbm, dram, runtime)
     stock = hf_kwargs.pop("experts_implementation", None)
     implementation = _implementation(stock)
-    require_host_device_map(hf_kwargs.get("device_map"))
-    warn_of_unused_gpu()
+    chosen, device_map = choose_device(device, hf_kwargs.pop("device_map", None))
+    if device_map is not None:
+        hf_kwargs["device_map"] = device_map
+    backend = None if chosen is None else _backend(chosen, runtime)
     path = str(path_or_id)
     with ExitStack() as undo:
         checkpoint = _open_checkpoint(path, model_class, hf_kwargs)
         undo.callback(checkpoint.close)
+        if backend is None:
+            backend = _backend(home_in_map(checkpoint.layer_of, device_map), runtime)
+        if backend.name == "cpu" and device is None and device_map is None:
+            warn_of_unused_gpu()
         layouts, needs = checkpoint.layouts, working_set(checkpoint.layouts, checkpoint.config)
         predictor.check(model_info(checkpoint.config, layouts[0].num_experts))
         policy = (
@@ -101,7 +122,7 @@ def from_pretrained(
             if runtime is not None
             else resolve_eviction(eviction or DEFAULT_EVICTION)
         )
-        budgets = _budgets(hbm, dram, runtime, needs)
+        budgets = _budgets(hbm, dram, runtime, needs, backend)
         budgets.check(needs, policy)
         directory = _store_directory(nvme, undo)
         store = _packed_store(checkpoint, directory, codec, progress)
@@ -111,11 +132,14 @@ def from_pretrained(
             model = model_class.from_pretrained(
                 path, experts_implementation=implementation, **checkpoint.loading_options
             )
+        owns_runtime = runtime is None
         if runtime is None:  # "auto" again, now that the other weights have taken their part
             had_cycle = budgets.hbm >= needs.cycle_nbytes
-            budgets = _budgets(hbm, dram, None, needs)
+            room = room_for(model.config, layouts, model.dtype).nbytes
+            budgets = _budgets(hbm, dram, None, needs, backend, room)
             budgets.check(needs, policy, warn=had_cycle)
-        _wrap(model, layouts, store, checkpoint, budgets, runtime, policy, predictor, stock, undo)
+            runtime = _new_runtime(budgets, policy, backend, undo)
+        _wrap(model, layouts, store, checkpoint, runtime, predictor, stock, undo, owns_runtime)
     return model
 
 
@@ -133,6 +157,8 @@ def offload(
 ) -> PreTrainedModel:
     """Move the experts of a model in memory to a store and free them; return the same model.
 
+    They come back to HBM of the device that the model is on.
+
     Options are those of `from_pretrained`; `nvme` must not hold a store yet. If anything fails the
     model stays as it was. `model.tiered_mem.unwrap()` brings the experts back.
 
@@ -145,8 +171,9 @@ def offload(
     predictor = _check_options(prefetch, eviction, codec, hbm, dram, runtime)
     before = model.config._experts_implementation
     implementation = _implementation(before)
-    require_host_model(model)
-    warn_of_unused_gpu()
+    home = home_of(model, require_experts(model))
+    require_one_device(model, home)
+    backend = _backend(home, runtime)
     with ExitStack() as undo:
         by_layer = {e.layer: ExpertLayout.of_module(e.module) for e in require_experts(model)}
         layouts = [by_layer[layer] for layer in sorted(by_layer)]
@@ -157,7 +184,10 @@ def offload(
             if runtime is not None
             else resolve_eviction(eviction or DEFAULT_EVICTION)
         )
-        budgets = _budgets(hbm, dram, runtime, needs)
+        room = room_for(model.config, layouts, model.dtype).nbytes
+        # What the experts take on the device now is HBM's soon.
+        freed = 0 if backend.in_place else needs.experts_nbytes
+        budgets = _budgets(hbm, dram, runtime, needs, backend, room - freed)
         budgets.check(needs, policy)
         directory = _store_directory(nvme, undo)
         _require_empty(directory)
@@ -166,7 +196,10 @@ def offload(
             store = Store.open(directory)
             undo.callback(store.close)
             model.set_experts_implementation(implementation)
-            _wrap(model, layouts, store, None, budgets, runtime, policy, predictor, before, undo)
+            owns_runtime = runtime is None
+            if runtime is None:
+                runtime = _new_runtime(budgets, policy, backend, undo)
+            _wrap(model, layouts, store, None, runtime, predictor, before, undo, owns_runtime)
     return model
 
 
@@ -175,32 +208,47 @@ def _wrap(
     layouts: Sequence[ExpertLayout],
     store: Store,
     checkpoint: Checkpoint | None,
-    budgets: Budgets,
-    runtime: Runtime | None,
-    eviction: str | type[EvictionPolicy],
+    runtime: Runtime,
     prefetch: Predictor,
     stock: str | None,
     undo: ExitStack,
+    owns_runtime: bool,
 ) -> None:
     """Attach the handle. What `undo` holds becomes the handle's to close."""
     repair = None if checkpoint is None else _repair_from(checkpoint)
-    if runtime is None:
-        runtime = Runtime.from_budgets(budgets, eviction=eviction)
-        undo.callback(runtime.close)  # with its space, whose events it doesn't wait for
-        space = runtime.attach(store, repair=repair)
-    else:
-        space = runtime.attach(store, repair=repair)
-        undo.callback(space.close)
-    model.tiered_mem = TieredModel(model, layouts, store, checkpoint, space, prefetch, undo, stock)
+    space = runtime.attach(store, repair=repair)
+    undo.callback(space.close)
+    model.tiered_mem = TieredModel(
+        model,
+        layouts,
+        store,
+        checkpoint,
+        space,
+        prefetch,
+        undo,
+        stock,
+        owns_runtime=owns_runtime,
+    )
 
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise TieredMemError(
-            "a wrapped model can't be saved, pickled or copied: its experts are in a store; use "
-            "its checkpoint, or unwrap() it first"
+
+def _new_runtime(
+    budgets: Budgets, eviction: str | type[EvictionPolicy], backend: Backend, undo: ExitStack
+) -> Runtime:
+    """Return a runtime of this model's own, closed with it."""
+    runtime = Runtime.from_budgets(budgets, eviction=eviction, device=backend)
+    undo.callback(runtime.close)
+    return runtime
+
+
+def _backend(device: torch.device, runtime: Runtime | None) -> Backend:
+    """Return the backend of the device that experts are on, the given runtime's if there is one."""
+    backend = usable(device) if runtime is None else runtime.backend
+    if backend.device != device:
+        raise ConfigError(
+            f"the runtime is on {backend.device}, the layers with experts go to {device}: give a "
+            "runtime of that device, or load the model to the runtime's by device="
         )
-
-    # Pickle and deepcopy ask the object, not its class.
-    model.save_pretrained = model.__reduce_ex__ = refuse  # type: ignore[method-assign]
+    return backend
 
 
 def _repair_from(checkpoint: Checkpoint) -> Repair:
@@ -294,14 +342,21 @@ def _implementation(stock: str | None) -> str:
 
 
 def _budgets(
-    hbm: Size | None, dram: Size | None, runtime: Runtime | None, needs: WorkingSet
+    hbm: Size | None,
+    dram: Size | None,
+    runtime: Runtime | None,
+    needs: WorkingSet,
+    backend: Backend,
+    room: int = 0,
 ) -> Budgets:
     if runtime is not None:
         return runtime.budgets
-    return Budgets.resolve(
+    return Budgets.for_backend(
         "auto" if hbm is None else hbm,
         "auto" if dram is None else dram,
         whole=needs.experts_nbytes,
+        backend=backend,
+        room=room,
     )
 
 
