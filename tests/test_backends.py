@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +14,30 @@ import numpy as np
 import pytest
 import torch
 from adapter import in_threads
+from driver_double import run_python
 
-from tiered_mem.device import backend_for
+from tiered_mem import memory_watch
+from tiered_mem.config import Budgets, DeviceMemory
+from tiered_mem.device import backend_for, calibration, pinning
+from tiered_mem.device.hbm import plan_segments
 from tiered_mem.device.host import HOST
 from tiered_mem.device.portable import HostWork, PortableBackend
+from tiered_mem.device.segments import ALIGNMENT
 from tiered_mem.errors import (
     BudgetError,
     ChecksumError,
+    ConfigError,
+    DeviceError,
+    RuntimeClosedError,
+    TransferError,
 )
 from tiered_mem.keys import BlockKey, Kind
 from tiered_mem.runtime import Runtime
 from tiered_mem.space import Space
 from tiered_mem.store import Store
+
+#: Whether CUDA's driver is the double in this process.
+ON_DOUBLE = "TIERED_MEM_CUDA_DRIVER" in os.environ
 
 NUM_LAYERS, NUM_EXPERTS = 3, 12
 NBYTES = 5000
@@ -85,9 +101,28 @@ def backend(request: pytest.FixtureRequest) -> Any:
         return HOST
     if request.param == "portable":
         return pretended()
+    if ON_DOUBLE:
+        from double_backend import DoubleBackend
+
+        return DoubleBackend()
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return backend_for("cuda")
+
+
+@pytest.mark.skipif(ON_DOUBLE, reason="this is that process")
+@pytest.mark.parametrize("settings", ["max_delay_us=200", "integrated=1"])
+def test_the_cuda_backend_on_a_double_of_its_driver(cuda_double: Path, settings: str) -> None:
+    code = (
+        "import sys, pytest;"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {__file__!r}, '-k', 'cuda']))"
+    )
+    run_python(cuda_double, code, settings, timeout=120)
+
+
+def is_shared(backend: Any) -> bool:
+    """Whether a GPU shares its memory with the CPU: then there is no DRAM tier, and no growth."""
+    return backend.in_place and backend is not HOST
 
 
 def read(space: Space, layer: int, indices: list[int]) -> list[int]:
@@ -107,6 +142,10 @@ def read(space: Space, layer: int, indices: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("dram", [0, 8 * SLOT])
 def test_blocks_arrive_whatever_is_evicted(backend: Any, store: Store, dram: int) -> None:
+    if is_shared(backend) and dram:
+        with pytest.raises(ConfigError, match="shares its memory"):
+            Runtime(6 * SLOT, dram, device=backend)
+        return
     with Runtime(6 * SLOT, dram, device=backend) as runtime:
         space = runtime.attach(store)
         rng = np.random.default_rng(0)
@@ -143,7 +182,8 @@ def test_batches_are_the_blocks_that_came_together(backend: Any, store: Store) -
 
 
 def test_threads_and_models_share_a_runtime(backend: Any, store: Store) -> None:
-    with Runtime(7 * SLOT, 4 * SLOT, device=backend) as runtime:
+    dram = 0 if is_shared(backend) else 4 * SLOT
+    with Runtime(7 * SLOT, dram, device=backend) as runtime:
         spaces = [runtime.attach(store), runtime.attach(store)]
 
         def work(seed: int) -> None:
@@ -165,7 +205,8 @@ def test_two_runtimes_share_a_device(backend: Any, store: Store) -> None:
 
 
 def test_hbm_grows_and_shrinks_while_it_is_used(backend: Any, store: Store) -> None:
-    with Runtime(4 * SLOT, device=backend) as runtime:
+    start = 30 if is_shared(backend) else 4
+    with Runtime(start * SLOT, device=backend) as runtime:
         space = runtime.attach(store)
         for slots in (12, 2, 30, 1, 5):
             runtime.resize(hbm=slots * SLOT)
@@ -206,8 +247,297 @@ def damage(store: Store, offset: int) -> None:
 
 
 def test_fill_reads_ahead(backend: Any, store: Store) -> None:
-    with Runtime(8 * SLOT, 8 * SLOT, device=backend) as runtime:
+    sizes = (16 * SLOT, 0) if is_shared(backend) else (8 * SLOT, 8 * SLOT)
+    with Runtime(*sizes, device=backend) as runtime:
         space = runtime.attach(store)
         space.fill([BlockKey(Kind.EXPERT, 0, i) for i in range(NUM_EXPERTS)])
         used = runtime.nbytes_used()
         assert used["hbm"] + used["dram"] >= NUM_EXPERTS * SLOT
+
+
+# --- HBM in segments ---
+
+
+@pytest.mark.parametrize("slot", [4096, SLOT, 9 * MIB, 3 * MIB + 4096, 100 * MIB])
+@pytest.mark.parametrize("nbytes", [0, 5000, SLOT, 17 * SLOT, 64 * MIB, 300 * MIB, 6 * GIB + 1])
+def test_segments_hold_whole_slots_within_the_budget(slot: int, nbytes: int) -> None:
+    sizes = plan_segments(nbytes, slot)
+    assert len(sizes) <= 16
+    assert all(size > 0 and size % slot == 0 for size in sizes)
+    assert nbytes - slot < sum(sizes) <= nbytes
+    if slot == 9 * MIB and nbytes == 6 * GIB + 1:
+        assert all(size % (2 * MIB) == 0 for size in sizes[:-1])
+
+
+def test_segments_are_given_back_as_hbm_shrinks(store: Store) -> None:
+    backend = pretended()
+    runtime = Runtime(32 * SLOT, device=backend)
+    space = runtime.attach(store)
+    assert runtime._hbm is not None
+    assert sum(runtime._hbm.sizes()) == 32 * SLOT
+    for slots in (31, 17, 16, 3):
+        runtime.resize(hbm=slots * SLOT)
+        assert slots - 3 < sum(runtime._hbm.sizes()) // SLOT <= slots
+        read(space, 0, [1, 2])
+    runtime.resize(hbm=20 * SLOT)
+    assert sum(runtime._hbm.sizes()) == 20 * SLOT
+    hbm = runtime._hbm
+    runtime.close()
+    assert hbm.sizes() == []
+
+
+def test_no_memory_is_taken_before_a_model_comes(store: Store) -> None:
+    with Runtime(4 * SLOT, device=pretended()) as runtime:
+        assert runtime._hbm is not None and runtime._hbm.sizes() == []
+        runtime.resize(hbm=6 * SLOT)
+        runtime.attach(store)
+        assert sum(runtime._hbm.sizes()) == 6 * SLOT
+
+
+class Small(PortableBackend):
+    """A device of so many bytes."""
+
+    left = 0
+
+    def _empty(self, nbytes: int) -> torch.Tensor:
+        if nbytes > self.left:
+            raise torch.OutOfMemoryError("out of memory, says the device")
+        self.left -= nbytes
+        return super()._empty(nbytes)
+
+
+def small(nbytes: int) -> Small:
+    backend = Small(torch.device("cpu"), PretendedWork())
+    backend.left = nbytes
+    return backend
+
+
+def test_too_little_device_memory(store: Store) -> None:
+    with Runtime(32 * SLOT, device=small(10 * SLOT)) as runtime:
+        with pytest.raises(BudgetError, match=r"16\.0 KiB left for HBM: 6\.0 GiB of 8\.0 GiB"):
+            runtime.attach(store)
+        assert runtime.largest_block() == 0
+    with (
+        Runtime(SLOT - 1, device=pretended()) as runtime,
+        pytest.raises(BudgetError, match=f"{SLOT} bytes"),
+    ):
+        runtime.attach(store)
+    budgets = Budgets(32 * SLOT, 0, auto_hbm=True)
+    with Runtime.from_budgets(budgets, eviction="lru", device=small(31 * SLOT)) as runtime:
+        read(runtime.attach(store), 0, [4, 5])
+        assert 4 * SLOT <= runtime.budgets.hbm < 32 * SLOT
+
+
+def test_growth_that_cant_be_had_changes_nothing(store: Store) -> None:
+    backend = small(10 * GIB)
+    with Runtime(8 * SLOT, device=backend) as runtime:
+        space = runtime.attach(store)
+        backend.left = 0
+        with pytest.raises(BudgetError, match="left for HBM"):
+            runtime.resize(hbm=16 * SLOT)
+        assert runtime.budgets.hbm == 8 * SLOT
+        read(space, 0, [0, 7])
+
+
+def test_views_of_segments(store: Store) -> None:
+    backend = pretended()
+    segment = backend.allocate(4 * SLOT)
+    address = segment.data_ptr()
+    assert address % ALIGNMENT == 0
+    view = backend.view(address + SLOT, 100)
+    view.fill_(7)
+    assert segment[SLOT : SLOT + 100].eq(7).all() and view.numel() == 100
+    for first, nbytes in ((address + 3 * SLOT, 2 * SLOT), (1, 1), (address + 4 * SLOT, 1)):
+        with pytest.raises(DeviceError, match="segment"):
+            backend.view(first, nbytes)
+    del segment, view
+    with pytest.raises(DeviceError):
+        backend.view(address, 1)
+
+
+# --- the portable backend ---
+
+
+def test_copies_wait_for_what_still_computes(store: Store) -> None:
+    backend = pretended()
+    with Runtime(2 * SLOT, device=backend) as runtime:
+        space = runtime.attach(store)
+        for index in range(NUM_EXPERTS):
+            read(space, 0, [index])
+    assert backend._work.held
+    assert len(backend._points) < NUM_EXPERTS  # forgotten with their slots
+
+
+def test_a_copy_that_fails_is_a_named_error(store: Store) -> None:
+    backend = pretended()
+    with Runtime(4 * SLOT, device=backend) as runtime:
+        space = runtime.attach(store)
+        read(space, 0, [0])
+        backend._work.fail_with = "the device fell off the bus"
+        with pytest.raises(TransferError, match="fell off the bus"):
+            read(space, 0, [1])
+
+
+def test_the_movers_end_with_their_backend() -> None:
+    backend = pretended()
+    core = backend.core
+    assert core is not None
+    del backend
+    assert core.take_in() is None
+
+
+# --- budgets of a device ---
+
+
+def test_auto_leaves_room_on_the_device() -> None:
+    device = DeviceMemory("cuda:0", available=6 * GIB, total=8 * GIB)
+    assert Budgets.resolve("auto", 0, whole=3 * GIB, device=device).hbm == 3 * GIB
+    everything = Budgets.resolve("auto", 0, whole=99 * GIB, device=device)
+    assert everything.hbm == 6 * GIB - 256 * MIB and everything.auto_hbm
+    less = Budgets.resolve("auto", 0, whole=99 * GIB, device=device, room=GIB)
+    assert less.hbm == everything.hbm - GIB
+    dram = Budgets.resolve(2 * GIB, "auto", whole=2 * GIB + MIB, device=device).dram
+    assert dram == MIB
+    with pytest.raises(BudgetError, match=r"hbm is 80\.0 GiB, more than the 8\.0 GiB of cuda:0"):
+        Budgets.resolve("80GiB", 0, whole=GIB, device=device)
+    with pytest.raises(BudgetError, match=r"6\.0 GiB of cuda:0 are left"):
+        Budgets.resolve("auto", 0, whole=GIB, device=device, room=7 * GIB)
+
+
+def test_an_auto_budget_follows_the_device(store: Store) -> None:
+    budgets = Budgets(32 * SLOT, 0, auto_hbm=True)
+    with Runtime.from_budgets(budgets, eviction="lru", device=pretended()) as runtime:
+        runtime.attach(store)
+        plenty = DeviceMemory("cuda:0", available=200 * MIB, total=8 * GIB)
+        memory_watch.shrink_device(runtime, plenty)  # its room is being used
+        assert runtime.budgets.hbm == 32 * SLOT
+        memory_watch.shrink_device(runtime, replace(plenty, available=MIB))
+        assert runtime.budgets.hbm == runtime.least_hbm() == 2 * SLOT
+        memory_watch.shrink_to_fit(runtime, -GIB)  # the host's: not HBM's business
+        assert runtime.budgets.hbm == 2 * SLOT
+
+
+# --- pinning ---
+
+
+class Tiers:
+    def __init__(self, answers: list[int | Exception]) -> None:
+        self.answers = answers
+
+    def pin_dram(self, nbytes: int) -> int:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_dram_is_pinned_until_all_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinning.Pinning, "_EVERY_SECONDS", 0.001)
+    tiers = Tiers([5, 5, 0, 3, 0, RuntimeClosedError("closed")])
+    thread = pinning.Pinning(tiers, "cuda:0")  # type: ignore[arg-type]
+    thread.join(10)
+    assert not thread.is_alive() and tiers.answers == []
+
+
+def test_what_cant_be_pinned_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pinning.Pinning, "_EVERY_SECONDS", 0.001)
+    tiers = Tiers([5, DeviceError("ulimit -l says no")])
+    pinning.Pinning(tiers, "cuda:0").join(10)  # type: ignore[arg-type]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "costs the CPU a copy" in caplog.text and "ulimit -l says no" in caplog.text
+
+
+def test_pinning_ends_with_its_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinning.Pinning, "_EVERY_SECONDS", 0.001)
+    thread = pinning.Pinning(Tiers([0]), "cuda:0")  # type: ignore[arg-type]
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+# --- calibration ---
+
+
+def test_a_device_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured: list[int] = []
+    used: list[Any] = []
+
+    def measure() -> dict[str, Any]:
+        measured.append(len(measured))
+        return {"number": measured[-1]}
+
+    one, other = {"name": "A", "pci_bus_id": "1"}, {"name": "A", "pci_bus_id": "2"}
+    for identity in (one, one, other, one):
+        calibration.calibrate(identity, measure, used.append)
+    assert [u["number"] for u in used] == [0, 0, 1, 0]
+
+    def refuse(kept: dict[str, Any]) -> None:
+        if kept["number"] < 2:
+            raise ConfigError("of another version")
+
+    calibration.calibrate(one, measure, refuse)
+    assert measured == [0, 1, 2]
+    for path in (tmp_path / "tiered-mem").iterdir():
+        path.write_bytes(b"{")
+    calibration.calibrate(one, measure, used.append)
+    assert used[-1] == {"number": 3}
+
+
+def test_a_cache_that_cant_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    used: list[Any] = []
+    calibration.calibrate({"name": "A"}, lambda: {"x": 1}, used.append)
+    assert used == [{"x": 1}] and "measured again in every process" in caplog.text
+
+
+@pytest.mark.parametrize(("value", "wanted"), [("1", True), ("0", False), ("off", False)])
+def test_measuring_can_be_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str, wanted: bool
+) -> None:
+    monkeypatch.setenv(calibration.VARIABLE, value)
+    assert calibration.wanted() is wanted
+
+
+# --- devices that can't be used ---
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "", 7.5, None])
+def test_what_is_no_device(name: Any) -> None:
+    with pytest.raises(ConfigError, match="is no device"):
+        backend_for(name)
+
+
+def test_a_device_whose_memory_has_no_addresses() -> None:
+    with pytest.raises(ConfigError, match="no addresses"):
+        backend_for("mps")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "xpu", "xpu:3"])
+def test_a_device_that_isnt_there(name: str) -> None:
+    with pytest.raises(DeviceError, match="can't be used"):
+        backend_for(name)
+    with pytest.raises(DeviceError, match="can't be used"):
+        Runtime(SLOT, device=name)
+
+
+def test_a_backend_of_a_parent_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = {"cuda:0": (os.getpid() + 1, pretended())}
+    monkeypatch.setattr("tiered_mem.device._backends", backends)
+    with pytest.raises(DeviceError, match=r"forked.*'spawn'"):
+        backend_for("cuda:0")
+
+
+def test_the_host_is_found_without_torch() -> None:
+    code = (
+        "import sys; from tiered_mem.device import backend_for;"
+        "assert backend_for('cpu').name == 'cpu'; from tiered_mem import Runtime;"
+        "Runtime(8192).close(); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"

@@ -226,11 +226,12 @@ def _make_tiers(
             device=backend.core,
         )
 
-    # Address space is reserved for growth; memory is taken only as blocks arrive.
+    # Address space is reserved for growth; memory is taken only as blocks arrive. Memory that a GPU
+    # shares may have to be page-locked, and so is taken at once.
     total = psutil.virtual_memory().total
     try:
-        return make(total if backend.in_place else 0, total)
+        return make(total if backend.name == "cpu" else budgets.hbm, total)
     except BudgetError as error:  # ulimit -v, or a kernel that counts what is reserved
-        tiers = make(budgets.hbm if backend.in_place else 0, budgets.dram)
+        tiers = make(budgets.hbm, budgets.dram)
         logger.warning("%s; the budgets alone can be had, but can't grow", error)
         return tiers

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from tiered_mem import _core
-from tiered_mem.device import calibration, kernels, out_of_memory
+from tiered_mem.device import calibration, out_of_memory
 from tiered_mem.device.segments import Segments, aligned, torch_memory
 from tiered_mem.errors import DeviceError
 
@@ -76,6 +76,8 @@ class CudaBackend:
             )
 
     def _load_kernels(self) -> None:
+        from tiered_mem.device import kernels
+
         self.core.load_kernels(kernels.kernel_image(self.core.compute_capability))
 
     def _identity(self) -> dict[str, Any]:
