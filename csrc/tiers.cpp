@@ -319,8 +319,10 @@ void Tiers::shut() {
   }
   changed_.notify_all();
   engine_.stop();
+  std::shared_ptr<Segments> segments;  // go without the lock: they are Python's
   Lock lock(mutex_);
   settle_ended();
+  segments = std::move(segments_);
   hbm_memory_.reset();
   dram_memory_.reset();
   sources_ = {};

@@ -10,6 +10,8 @@ from pathlib import Path
 ALLOWED = """
 tiered_mem\\._core\\.(Event|Evictable|Extent|Future|File|Memory|Residency|Tiers)
 tiered_mem\\._core\\.(Event|Evictable|Memory)\\.__init__
+tiered_mem\\._core\\.(CudaDevice|Device|Mark|Pin|QueueDevice)
+tiered_mem\\._core\\.(Device|Mark|Pin)\\.__init__
 """
 
 
