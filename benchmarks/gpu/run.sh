@@ -86,7 +86,9 @@ step_build() {
   # In place: every process that starts in this folder, or has it on its path, finds the build.
   NPY_NUM_BUILD_JOBS=$jobs "$PYTHON" setup.py -q build_ext --inplace egg_info || return
   [ -e tiered_mem/policies ] || ln -s ../policies tiered_mem/policies
-  "$PYTHON" -c 'import tiered_mem._core as core; print(core.__file__)'
+  "$PYTHON" -c 'import tiered_mem._core as core; print(core.__file__)' || return
+  # Without a GPU its tests would be skipped, and look as if they had passed.
+  "$PYTHON" -c 'import torch; print(torch.cuda.get_device_name())'
 }
 
 gpu_tests() { "$@" "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --timeout 100 "${tests[@]}"; }
