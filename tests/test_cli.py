@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tiered_mem import _core
+from tiered_mem import _core, cli
 from tiered_mem.cli import invoke
 from tiered_mem.config import WorkingSet
 from tiered_mem.doctor import PROBE_NBYTES, advise
@@ -381,3 +382,25 @@ def test_policies_lists_what_run_takes(tiered_mem: Command) -> None:
     assert all(policy["summary"] and policy["source"] for kind in found.values() for policy in kind)
     listed = tiered_mem("policies").out
     assert all(name in listed for name in eviction)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a.npz"), "a.npz: .*check the name"),
+        (OSError(28, "No space left on device", "store"), "store: No space.*make room"),
+        (PermissionError(13, "Permission denied", "x"), "x: Permission denied; change its perm"),
+        (OSError(107, "Transport endpoint is not connected"), "not connected; see the system's"),
+        (OSError("no number"), "no number"),
+    ],
+)
+def test_a_bare_os_error_says_what_to_do(
+    error: OSError, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert cli.invoke(["policies"]) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(f"tiered-mem: .*{line}.*\n", err), err

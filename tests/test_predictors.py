@@ -23,6 +23,7 @@ from tiered_mem.policies.prefetch import (
 )
 from tiered_mem.policies.prefetch.base import PerStream, grown, rank
 from tiered_mem.policies.prefetch.learned import Head, Learned
+from tiered_mem.policies.prefetch.oracle import _blocks_by_layer
 
 from tiered_mem.errors import ConfigError, PolicyError
 from tiered_mem.keys import BlockKey, Kind
@@ -602,3 +603,11 @@ def test_arrays_grow_and_keep_what_they_hold() -> None:
     array = grown(np.ones((2, 3), np.float32), 3, 1)
     assert array.shape == (3, 3) and array.sum() == 6 and array[2].sum() == 0
     assert grown(array, 2, 2) is array
+
+
+def test_only_experts_are_drawn_beyond_what_a_trace_names() -> None:
+    keys = np.array([BlockKey(Kind.EXPERT, 2, 5).pack(), BlockKey(Kind.KV, 2, 7).pack()], np.uint64)
+    pools = _blocks_by_layer(keys, num_experts=4)
+    expert, kv = (BlockKey(kind, 2, 0).pack() >> 32 for kind in (Kind.EXPERT, Kind.KV))
+    assert pools[expert].tolist() == [0, 1, 2, 3, 5]
+    assert pools[kv].tolist() == [7]

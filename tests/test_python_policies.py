@@ -728,3 +728,15 @@ def test_a_forked_child_leaves_the_policy_alone(tmp_path: Path) -> None:
     )
     assert done.stderr == ""
     assert done.stdout.split() == ["RuntimeClosedError", "1", "2"]
+
+
+def test_two_classes_of_one_name_are_refused() -> None:
+    def make(qualname: str) -> type[EvictionPolicy]:
+        made = type("Mine", (PythonLru,), {"name": "one-of-two"})
+        made.__qualname__ = qualname
+        return made
+
+    assert resolve_eviction(make("First")) == "one-of-two"
+    assert resolve_eviction(make("First")) == "one-of-two"  # its module, loaded again
+    with pytest.raises(PolicyError, match=r"Second.*First.*'one-of-two'.*another name"):
+        resolve_eviction(make("Second"))

@@ -175,3 +175,22 @@ def test_a_policy_hears_of_each_event_once(store: Path) -> None:
     finally:
         model.tiered_mem.close()
     assert begun == recorder.trace().event_layer.tolist() == [*range(NUM_LAYERS)] * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positional", [False, True])
+def test_embeddings_for_tokens(model: Any, positional: bool) -> None:
+    embeddings = model.get_input_embeddings()(torch.tensor([[5, 6, 7]]))
+    with model.tiered_mem.record() as recorder:
+        if positional:
+            model(None, None, None, None, embeddings)
+        else:
+            model(inputs_embeds=embeddings)
+    trace = recorder.trace()
+    assert set(trace.row_phase.tolist()) == {Phase.PREFILL}
+    assert trace.num_events == NUM_LAYERS
+
+
+def test_a_forward_without_input_fails_as_the_model_does(model: Any) -> None:
+    with model.tiered_mem.record(), pytest.raises(ValueError, match="input_ids"):
+        model()

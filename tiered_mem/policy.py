@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 from tiered_mem import _core
-from tiered_mem.errors import ConfigError
+from tiered_mem.errors import ConfigError, PolicyError
 
 #: What a runtime uses unless told otherwise; docs/policies.md says why.
 DEFAULT_EVICTION = "adaptive"
@@ -77,7 +77,7 @@ def resolve_eviction(eviction: str | type[EvictionPolicy]) -> str:
 
     `eviction` is a built-in's name, a plug-in's, either inside `per-layer(...)`, or a class derived
     from `EvictionPolicy`. Raises `ConfigError` with the choices, `PolicyError` for a plug-in that
-    can't be loaded.
+    can't be loaded and for a class whose name another class has.
     """
     if isinstance(eviction, type) and issubclass(eviction, EvictionPolicy):
         return _register(eviction)
@@ -102,5 +102,21 @@ def _register(policy: type[EvictionPolicy], name: str | None = None) -> str:
     own = name or getattr(policy, "name", "") or policy.__name__
     if not isinstance(own, str):
         raise ConfigError(f"the name of class {policy.__name__} is {own!r}; a name is a string")
+    known = _registered.get(own)
+    if known is not None and _identity(known) != _identity(policy):
+        raise PolicyError(
+            f"{_identity(policy)} and {_identity(known)} both call themselves {own!r}: give one of "
+            "them another name"
+        )
     _core.register_eviction(own, policy)
+    _registered[own] = policy
     return own
+
+
+# The classes made known to the core so far, by name.
+_registered: dict[str, type[EvictionPolicy]] = {}
+
+
+def _identity(policy: type) -> str:
+    """What stays the same when a module is loaded again."""
+    return f"{policy.__module__}.{policy.__qualname__}"

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiered_mem.errors import ConfigError
+from tiered_mem.keys import BlockKey, Kind
 
 from .base import Predictor, Route, parse_number
 
@@ -143,7 +144,7 @@ def _blocks_by_layer(
     pools = {}
     for partition in np.unique(partitions).tolist():
         seen = (found[partitions == partition] & _INDEX).astype(np.int64)
-        is_expert = partition >> 24 == 1
+        is_expert = BlockKey.unpack(partition << _LAYER_SHIFT).kind is Kind.EXPERT
         everyone = np.arange(num_experts) if is_expert and num_experts else seen
         pools[partition] = np.union1d(seen, everyone)
     return pools

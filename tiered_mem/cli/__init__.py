@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad input or a failed operation, 130 int
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -59,8 +60,10 @@ def invoke(arguments: Sequence[str]) -> int:
         code = 130
     except _UsageError as error:
         return _fail(_explain(error))
-    except (TieredMemError, OSError) as error:
+    except TieredMemError as error:
         return _fail(str(error))
+    except OSError as error:
+        return _fail(_explain_os(error))
     if code == 130:
         output.error("interrupted")
     return int(code)
@@ -70,6 +73,31 @@ def _fail(message: str) -> int:
     if message:
         output.error(f"tiered-mem: {' '.join(message.split())}")
     return 2
+
+
+_ADVICE = {
+    errno.ENOENT: "check the name",
+    errno.ENOTDIR: "a part of that path is a file: give another path",
+    errno.EISDIR: "it is a directory: name a file",
+    errno.EEXIST: "give a new name",
+    errno.EACCES: "change its permissions or give another path",
+    errno.EPERM: "change its permissions or give another path",
+    errno.EROFS: "give a path on a file system that can be written",
+    errno.ENOSPC: "make room there or give a path on another disk",
+    errno.EDQUOT: "make room there or give a path on another disk",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOMEM: "free memory or give smaller budgets",
+    errno.EIO: "the disk may be failing: see the system's log (dmesg)",
+}
+
+
+def _explain_os(error: OSError) -> str:
+    """What happened, where, and what to do."""
+    if error.errno is None:
+        return str(error)
+    where = f"{os.fsdecode(error.filename)}: " if error.filename is not None else ""
+    advice = _ADVICE.get(error.errno, "see the system's log (dmesg)")
+    return f"{where}{error.strerror or os.strerror(error.errno)}; {advice}"
 
 
 def _explain(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tiered_mem.cli import output
+from tiered_mem.compare_options import DEFAULT_LINKS
 
 _EVICTION = "adaptive,lru,lfu,per-layer(lfu),arc,s3-fifo,w-tinylfu,least-stale"
 
@@ -23,12 +24,12 @@ def compare(
         str, typer.Option(help="Predictors; auto: none and all that a trace can drive.")
     ] = "auto",
     hbm: Annotated[
-        str, typer.Option(help="Budgets: 6GiB, or shares of the bytes of the model's experts.")
+        str, typer.Option(help="Budgets: 6GiB, or shares of all blocks that the trace's model has.")
     ] = "10%,25%,50%",
     dram: Annotated[str, typer.Option(help="Budget of the second tier, 0 for none.")] = "0",
     link: Annotated[
         str, typer.Option(help="Simulated links into HBM: bandwidth[:latency].")
-    ] = "hbm=50GB/s:10us,nvme=3GB/s:80us",
+    ] = DEFAULT_LINKS,
     compute: Annotated[
         str, typer.Option(help="Rate at which the device reads weights, if no time is recorded.")
     ] = "300GB/s",

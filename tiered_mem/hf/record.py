@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Sequence
@@ -143,11 +144,14 @@ class Recorder:
     # --- called by the model ---
 
     def _on_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
+        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        tokens = given.get("input_ids")
         if tokens is None:
-            tokens = kwargs["inputs_embeds"]
+            tokens = given.get("inputs_embeds")
+        if tokens is None:
+            return  # the model itself says what it misses
         width = tokens.shape[1]
-        cache = kwargs.get("past_key_values")
+        cache = given.get("past_key_values")
         here = self._thread
         if cache is None or cache.get_seq_length() == 0:
             with self._lock:
