@@ -21,8 +21,8 @@ import numpy as np
 import psutil
 
 from tiered_mem import _core
-from tiered_mem.config import WorkingSet, format_size, memory_to_spare
-from tiered_mem.errors import ConfigError, StoreError, StoreFullError
+from tiered_mem.config import DeviceMemory, WorkingSet, format_size, memory_to_spare
+from tiered_mem.errors import ConfigError, DeviceError, StoreError, StoreFullError
 from tiered_mem.keys import BlockKey, KeyArray, Kind
 from tiered_mem.store import Store
 
@@ -40,6 +40,27 @@ class Link:
     name: str
     method: str
     bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device. `kernels` tells what is wrong with the kernels for it, if anything is."""
+
+    device: str
+    name: str
+    compute_capability: str
+    driver_version: str
+    free_nbytes: int
+    total_nbytes: int
+    shares_memory: bool
+    kernels: str | None
+
+    @property
+    def memory(self) -> DeviceMemory | None:
+        """Its own memory; None if it shares the CPU's."""
+        if self.shares_memory:
+            return None
+        return DeviceMemory(self.device, self.free_nbytes, self.total_nbytes)
 
 
 @dataclass(frozen=True)
@@ -100,6 +121,41 @@ def examine_memory() -> Memory:
         can_lock=_can_lock(_LOCK_NBYTES),
         huge_pages=_huge_pages(),
     )
+
+
+def examine_gpus() -> list[Gpu]:
+    """Return the CUDA devices. Raises `DeviceError` for a driver or a device that can't be used."""
+    return [_examine_gpu(ordinal) for ordinal in range(_core.cuda_device_count())]
+
+
+def _examine_gpu(ordinal: int) -> Gpu:
+    from tiered_mem.device import kernels  # not until there is a device
+
+    device = _core.CudaDevice(ordinal)
+    version = _core.cuda_driver_version() or 0
+    capability = device.compute_capability
+    problem = None
+    try:
+        kernels.kernel_image(capability)
+    except DeviceError as error:
+        problem = str(error)
+    free, total = device.memory()
+    return Gpu(
+        device=f"cuda:{ordinal}",
+        name=device.name,
+        compute_capability=".".join(map(str, capability)),
+        driver_version=f"{version // 1000}.{version % 1000 // 10}",
+        free_nbytes=free,
+        total_nbytes=total,
+        shares_memory=device.integrated,
+        kernels=problem,
+    )
+
+
+def measure_gpu(gpu: Gpu) -> Link:
+    """Return the way from page-locked host memory to a GPU's own. Raises `DeviceError`."""
+    measured = _core.CudaDevice(int(gpu.device.partition(":")[2])).calibrate()
+    return Link(f"DRAM to {gpu.device}", "large copies", measured["in_bytes_per_second"])
 
 
 def examine_filesystem(directory: str | os.PathLike[str]) -> Filesystem:
@@ -173,11 +229,15 @@ def examine_store(
     return StoreHealth(len(present), nbytes, damaged, missing)
 
 
-def advise(spare_nbytes: int, working_set: WorkingSet | None = None) -> Advice:
-    """Return budgets for a machine whose device is host memory, with `spare_nbytes` to give.
+def advise(
+    spare_nbytes: int, working_set: WorkingSet | None = None, gpu: DeviceMemory | None = None
+) -> Advice:
+    """Return budgets for a machine with `spare_nbytes` of host memory to give, and a GPU's.
 
-    There both tiers would be the same memory, so a DRAM tier would only add copies.
+    Without a GPU both tiers would be the same memory, so a DRAM tier would only add copies.
     """
+    if gpu is not None:
+        return _advise_gpu(spare_nbytes, working_set, gpu)
     one_memory = "without a GPU both tiers are host memory, and a DRAM tier only adds copies"
     if working_set is None:
         return Advice(_whole_mib(spare_nbytes), "0", f"what is spare; {one_memory}")
@@ -192,6 +252,25 @@ def advise(spare_nbytes: int, working_set: WorkingSet | None = None) -> Advice:
         return Advice(hbm, "0", why)
     needed = format_size(working_set.event_nbytes)
     return Advice(hbm, "0", f"too little: one layer of one token needs {needed}; free some memory")
+
+
+def _advise_gpu(spare_nbytes: int, needs: WorkingSet | None, gpu: DeviceMemory) -> Advice:
+    """Return budgets by what is free now: what a model's other weights take has to come off."""
+    free = max(0, gpu.headroom())
+    if needs is None:
+        why = f"what is free on {gpu.name}, less the model's other weights, and what is spare"
+        return Advice("auto", _whole_mib(spare_nbytes), why)
+    if free >= needs.experts_nbytes:
+        return Advice("auto", "0", f"every expert fits on {gpu.name} beside its other weights")
+    if free < needs.event_nbytes:
+        needed = format_size(needs.event_nbytes)
+        why = f"too little on {gpu.name}: one layer of one token needs {needed}; free some memory"
+        return Advice("auto", "0", why)
+    dram = _whole_mib(min(spare_nbytes, needs.experts_nbytes - free), round_up=True)
+    if spare_nbytes < needs.experts_nbytes - free:
+        dram = _whole_mib(spare_nbytes)
+    why = f"{format_size(free)} of {gpu.name} at most, and DRAM for the rest as far as it goes"
+    return Advice("auto", dram, why)
 
 
 def _whole_mib(nbytes: int, *, round_up: bool = False) -> str:

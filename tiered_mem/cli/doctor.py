@@ -12,7 +12,7 @@ from tiered_mem.cli import output
 
 if TYPE_CHECKING:
     from tiered_mem.config import WorkingSet
-    from tiered_mem.doctor import Advice, Filesystem, Link, Memory
+    from tiered_mem.doctor import Advice, Filesystem, Gpu, Link, Memory
 
 
 def doctor(
@@ -31,16 +31,19 @@ def doctor(
 
     nbytes = parse_size(size)
     working_set = _examine(checkpoint) if checkpoint else None
-    devices = _find_devices()
+    gpus = library.examine_gpus()
     memory = library.examine_memory()
     filesystem = library.examine_filesystem(directory)
     with output.status("measuring", hidden=as_json):
         links = list(library.measure_links(directory, nbytes=nbytes))
-    advice = library.advise(memory.spare_nbytes, working_set)
+        links += [library.measure_gpu(gpu) for gpu in gpus if not gpu.shares_memory]
+    gpu_memory = gpus[0].memory if gpus and _torch_has_cuda() else None
+    advice = library.advise(memory.spare_nbytes, working_set, gpu_memory)
     if as_json:
         output.print_json(
             {
-                "cuda_devices": devices,
+                "cuda_devices": [asdict(gpu) for gpu in gpus],
+                "torch_has_cuda": _torch_has_cuda(),
                 "memory": asdict(memory),
                 "filesystem": asdict(filesystem),
                 "links": [asdict(link) for link in links],
@@ -49,7 +52,7 @@ def doctor(
             }
         )
         return
-    _print_tiers(devices, memory, filesystem)
+    _print_tiers(gpus, memory, filesystem)
     _print_links(links)
     _print_advice(working_set, advice)
 
@@ -60,21 +63,35 @@ def _examine(checkpoint: str) -> WorkingSet:
     return examine_checkpoint(checkpoint)
 
 
-def _find_devices() -> list[str]:
-    """Return the names of the CUDA devices that torch sees."""
+def _torch_has_cuda() -> bool:
     import torch
 
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return torch.version.cuda is not None
 
 
-def _print_tiers(devices: list[str], memory: Memory, filesystem: Filesystem) -> None:
+def _describe(gpu: Gpu) -> str:
     from tiered_mem.config import format_size as size
 
-    found = f"{', '.join(devices)} (not used by this version yet)" if devices else "no CUDA device"
+    memory = f"{size(gpu.free_nbytes)} of {size(gpu.total_nbytes)} free"
+    if gpu.shares_memory:
+        memory = "shares the CPU's memory: blocks are read in place, without a DRAM tier"
+    kernels = "" if gpu.kernels is None else f"; no kernels ({gpu.kernels})"
+    return (
+        f"{gpu.device}: {gpu.name} (compute capability {gpu.compute_capability}, driver for CUDA "
+        f"{gpu.driver_version}), {memory}{kernels}"
+    )
+
+
+def _print_tiers(gpus: list[Gpu], memory: Memory, filesystem: Filesystem) -> None:
+    from tiered_mem.config import format_size as size
+
+    found = [_describe(gpu) for gpu in gpus] or ["no CUDA device; host memory plays its part"]
+    if gpus and not _torch_has_cuda():
+        found.append("this torch is built without CUDA and can't use it: install one with it")
     limit = "unlimited" if memory.lock_limit is None else size(memory.lock_limit)
     direct = "O_DIRECT works" if filesystem.direct_io else "no O_DIRECT: reads cost a copy"
     rows = [
-        ("HBM", f"{found}; host memory plays its part"),
+        *(("" if i else "HBM", line) for i, line in enumerate(found)),
         ("DRAM", f"{size(memory.total_nbytes)}, {size(memory.available_nbytes)} available"),
         ("", f"pinning {'works' if memory.can_lock else 'is refused'} (ulimit -l: {limit})"),
         ("", f"transparent huge pages: {memory.huge_pages}"),
