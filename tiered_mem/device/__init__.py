@@ -115,7 +115,7 @@ def _parse(device: str | torch.device) -> torch.device:
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{device!r} is no device: {reason}; write cpu or cuda:0") from error
-    if found.index is not None:
+    if ":" in str(found):
         return found
     return torch.device(found.type, _current_index(found.type))
 
