@@ -12,6 +12,7 @@ import checkpoints
 import families
 import pytest
 import torch
+from test_device_experts import pretending
 from transformers import FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -22,6 +23,7 @@ from tiered_mem.hf import quantised
 from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.hf.dequantise import FastFp8Dequantize, dequantise, fp4_table
 from tiered_mem.hf.detect import require_experts
+from tiered_mem.hf.device import Way
 from tiered_mem.hf.pack import pack
 from tiered_mem.hf.repair import repair
 from tiered_mem.keys import BlockKey, Kind
@@ -88,6 +90,29 @@ def test_logits_and_tokens_are_those_of_the_dequantised_model(
     unwrapped = model.tiered_mem.unwrap()
     expected = stock.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in unwrapped.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("way", list(Way))
+def test_every_way_of_a_device_computes_from_quantised_blocks(
+    name: str, way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(name, tmp_path)
+    experts = "eager" if way is Way.EAGER else "grouped_mm"
+    stock = families.model_class(name).from_pretrained(tmp_path, experts_implementation=experts)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        slot = checkpoint.layouts[0].slot_nbytes
+    with pretending(monkeypatch, way):
+        model = tiered_mem.from_pretrained(
+            tmp_path, hbm=8 * slot, dram=3 * slot, experts_implementation=experts
+        )
+        inputs = adapter.padded_batch()
+        with torch.no_grad():
+            ours, theirs = model(**inputs).logits, stock(**inputs).logits
+        # A batched matmul sums in another order than the stock function on this machine.
+        torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
+        assert way is Way.BATCHED or torch.equal(ours, theirs)
+        model.tiered_mem.close()
 
 
 def test_every_fp8_code_and_kind_of_scale_as_transformers() -> None:
