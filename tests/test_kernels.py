@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from driver_double import run_python
 from host_kernels import KERNELS, HostKernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -302,6 +303,40 @@ def test_remap_refuses_what_it_does_not_take() -> None:
         kernels.remap_ids(None, ids, table, num_slots=1024)
     with pytest.raises(ConfigError, match="1 to 1023"):
         kernels.remap_ids(None, ids, table, num_slots=0)
+
+
+THROUGH_THE_DRIVER = """
+import mmap, os
+import numpy as np
+from tiered_mem import _core
+from tiered_mem.device import kernels
+
+os.environ["TIERED_MEM_KERNELS"] = {image!r}
+device = _core.CudaDevice(0)
+kernels.load_kernels(device)
+memory = np.frombuffer(mmap.mmap(-1, 1 << 20), np.uint8)
+pin = device.pin(memory.ctypes.data, memory.nbytes)
+ids, order, inverse, tokens = memory[:65536].view(np.int64).reshape(4, 2048)
+table, slots, offs = memory[65536 : 65536 + 24576].view(np.int32).reshape(3, 2048)
+ids[:] = np.random.default_rng(0).integers(-1, 9, 2048)
+table[:8] = [3, -1, 0, 7, 2, 1, 9, 4]
+at = [array.ctypes.data for array in (ids, table, order, inverse, tokens, slots, offs)]
+arguments = [at[0], 2048, at[1], 8, 0, 4, 2, *at[2:]]
+device.launch("tiered_mem_remap_ids", (2, 1, 1), (1024, 1, 1), arguments)
+device.wait(device.mark_compute())
+bins = np.array([table[e] if 0 <= e < 8 and 0 <= table[e] < 4 else 4 for e in ids])
+assert (order == np.argsort(bins, kind="stable")).all()
+assert (order[inverse] == np.arange(2048)).all() and (tokens == order // 2).all()
+assert (slots == np.where(bins[order] < 4, bins[order], -1)).all()
+assert (offs[:4] == np.cumsum(np.bincount(bins, minlength=5)[:4])).all()
+print("same")
+"""
+
+
+def test_kernels_run_through_the_driver(cuda_double: Path) -> None:
+    # The double takes any image, and runs the host's functions.
+    code = THROUGH_THE_DRIVER.replace("{image!r}", repr(str(KERNELS)))
+    assert run_python(cuda_double, code) == "same\n"
 
 
 # --- images ---
