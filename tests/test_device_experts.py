@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import conformance
 import families
 import pytest
 import torch
-from adapter import Saved
+from adapter import Saved, generate, in_threads, padded_batch, prompt
 
+import tiered_mem
 from tiered_mem.device import portable
-from tiered_mem.hf import grouped, pool, wrap
+from tiered_mem.errors import BudgetError, ConfigError
+from tiered_mem.hf import device, grouped, pool, wrap
 from tiered_mem.hf.device import Home, Way
 from tiered_mem.hf.layout import ExpertLayout
 from tiered_mem.hf.pool import Window, group, window_views
@@ -129,3 +132,167 @@ def test_every_family_computes_from_the_pool(
     assert run.same_tokens
     assert run.num_waves > run.num_calls and run.stats.num_evictions > 0
     assert run.stats.num_failed == run.stats.num_repaired == 0
+
+
+@pytest.mark.parametrize(
+    ("way", "stock"),
+    [(Way.GROUPED, "grouped_mm"), (Way.ONE_BY_ONE, "grouped_mm"), (Way.BATCHED, "batched_mm")],
+)
+@pytest.mark.parametrize("num_slots", [3, 100], ids=["waves", "resident"])
+@pytest.mark.parametrize("name", VARIED)
+def test_each_way_is_bitwise_a_stock_function(
+    name: str, way: Way, stock: str, num_slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = families.build(name)
+    model.save_pretrained(tmp_path)
+    dtype = torch.bfloat16
+    model = type(model).from_pretrained(tmp_path, dtype=dtype).eval()
+    model.set_experts_implementation(stock)
+    expected = conformance.ask(model, inputs)
+    options: dict[str, Any] = {"dtype": dtype, "hbm": num_slots * expected.slot_nbytes}
+    with pretending(monkeypatch, way), conformance.on_tiers(tmp_path, expected, **options) as tiers:
+        if num_slots == 100:
+            tiers.tiered_mem.fill()
+            tiers.tiered_mem.reset_stats()
+        run = conformance.compare(tiers, expected)
+    assert run.difference == 0 and run.same_tokens
+    assert (run.num_waves > run.num_calls) == (num_slots == 3)
+
+
+@pytest.mark.parametrize("way", [Way.GROUPED, Way.BATCHED])
+@pytest.mark.parametrize("most", [3, pool.MOST_GROUPS])
+def test_the_host_doesnt_ask_where_every_expert_is_resident(
+    saved: Saved, way: Way, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = padded_batch()
+    expected = generate(saved.model, inputs)
+    with pretending(monkeypatch, way, most), saved.on_tiers(hbm="100%", dram=0) as model:
+        model.set_experts_implementation("tiered")
+        model.tiered_mem.fill()
+        model.tiered_mem.reset_stats()
+        monkeypatch.setattr("tiered_mem.hf.pooled.to_host", lambda _: pytest.fail("it asked"))
+        assert torch.equal(generate(model, inputs), expected)
+        stats = model.tiered_mem.stats()
+    num_calls = 6 * len(model.tiered_mem.layouts)
+    assert stats.num_events == num_calls
+    assert stats.num_hbm_hits == stats.num_accesses >= 2 * num_calls
+
+
+def test_uses_are_counted_as_if_the_host_had_asked(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+    for way in (Way.GROUPED, Way.ONE_BY_ONE):  # the second one asks
+        with pretending(monkeypatch, way), saved.on_tiers(hbm="100%", dram=0) as model:
+            model.set_experts_implementation("tiered")
+            model.tiered_mem.fill()
+            model.tiered_mem.reset_stats()
+            generate(model, prompt())
+            stats = model.tiered_mem.stats()
+            counted.append((stats.num_events, stats.num_hbm_hits, stats.num_accesses))
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize("prefetch", ["next-gate", "frequency", "none"])
+def test_every_way_to_generate(
+    saved: Saved, prefetch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = padded_batch()
+    with (
+        pretending(monkeypatch, Way.GROUPED),
+        saved.on_tiers(prefetch=prefetch, hbm_slots=5, experts_implementation=None) as model,
+    ):
+        for options in ({}, {"num_beams": 3}, {"do_sample": True}, {"use_cache": False}):
+            tokens = generate(model, inputs, **options)
+            assert torch.equal(tokens, generate(saved.model, inputs, **options)), options
+        if prefetch != "none":
+            assert model.tiered_mem.stats().num_hints > 0
+
+
+def test_eight_threads_at_once(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [prompt(seed, 4 + seed) for seed in range(8)]
+    expected = [generate(saved.model, inputs) for inputs in prompts]
+    with (
+        pretending(monkeypatch, Way.GROUPED),
+        saved.on_tiers(hbm_slots=4, experts_implementation=None) as model,
+    ):
+        results = in_threads([lambda inputs=inputs: generate(model, inputs) for inputs in prompts])
+    for result, tokens in zip(results, expected, strict=True):
+        assert torch.equal(result, tokens)
+
+
+def test_no_tokens_and_no_experts(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    for way in (Way.GROUPED, Way.ONE_BY_ONE, Way.BATCHED):
+        with pretending(monkeypatch, way), saved.on_tiers(experts_implementation=None) as model:
+            experts = model.model.layers[0].mlp.experts
+            none = torch.zeros(0, 2, dtype=torch.long)
+            assert experts(torch.zeros(0, 32), none, torch.zeros(0, 2)).shape == (0, 32)
+            elsewhere = torch.full((3, 2), experts.num_experts)
+            outputs = experts(torch.ones(3, 32), elsewhere, torch.ones(3, 2))
+            assert torch.equal(outputs, torch.zeros(3, 32))
+            some = torch.tensor([[0, experts.num_experts]] * 3)
+            outputs = experts(torch.ones(3, 32), some, torch.ones(3, 2))
+            alone = experts(torch.ones(3, 32), some, torch.tensor([[1.0, 0.0]] * 3))
+            assert torch.equal(outputs, alone) and outputs.abs().sum() > 0
+
+
+def test_many_rows_are_sorted_on_the_device(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiered_mem.hf.pooled._FEW_ROWS", 0)
+    inputs = padded_batch()
+    for way in (Way.GROUPED, Way.ONE_BY_ONE):
+        with (
+            pretending(monkeypatch, way, most=2),
+            saved.on_tiers(experts_implementation=None) as model,
+        ):
+            assert torch.equal(generate(model, inputs), generate(saved.model, inputs))
+
+
+def test_a_model_in_memory_goes_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = conformance.ask(*families.build("qwen3_moe"))
+    model, slot = expected.model, expected.slot_nbytes
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    own = set(vars(model))
+    with pretending(monkeypatch):
+        tiered_mem.offload(model, hbm=3 * slot, dram=4 * slot)
+        assert conformance.compare(model, expected).difference == 0
+        with monkeypatch.context() as patch:
+            patch.setattr("tiered_mem.hf.handle.memory_to_spare", lambda: 1000)
+            with pytest.raises(BudgetError, match="stays as it is"):
+                model.tiered_mem.unwrap()
+        assert conformance.compare(model, expected).same_tokens
+        model.tiered_mem.unwrap()
+    assert set(vars(model)) == own
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(families.logits(model, expected.inputs), expected.logits)
+
+
+# --- which device ---
+
+
+def test_the_device_of_the_layers_with_experts() -> None:
+    names = ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
+    spread = {"model.embed_tokens": "cpu", "model.layers": "cuda:1", "lm_head": 0}
+    assert device.home_in_map(names, spread) == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match=r"on several.*layers.2"):
+        device.home_in_map(names, spread | {"model.layers.2.mlp": "cpu"})
+    with pytest.raises(ConfigError, match="names no device"):
+        device.home_in_map(names, {"model.layers.1": "cpu"})
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "may"),
+    [
+        ((9, 0), torch.bfloat16, True),
+        ((10, 0), torch.bfloat16, True),
+        ((9, 0), torch.float16, False),
+        ((8, 6), torch.bfloat16, False),
+        ((12, 0), torch.bfloat16, False),
+    ],
+)
+def test_where_torch_has_a_kernel(
+    capability: tuple[int, int], dtype: torch.dtype, may: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert grouped.may_have_kernel(torch.device("cuda:0"), dtype) == may
+    assert not grouped.may_have_kernel(torch.device("cpu"), dtype)

@@ -17,6 +17,9 @@ from tiered_mem.cli.pack import Codec, CodecOption, Dtype, DtypeOption
 def run(
     checkpoint: Annotated[str, typer.Argument(help="A directory or hub id of a model.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda:0, ... or auto: torch's accelerator if there is one.")
+    ] = "auto",
     hbm: Annotated[str, typer.Option(help="Budget: 6GiB, 500MB, 25% of the experts.")] = "auto",
     dram: Annotated[str, typer.Option(help="Budget of the second tier, 0 for none.")] = "auto",
     nvme: Annotated[
@@ -45,6 +48,7 @@ def run(
     with output.progress_bar("packing", hidden=as_json) as progress:
         model = tiered_mem.from_pretrained(
             checkpoint,
+            device=device,
             hbm=hbm,
             dram=dram,
             nvme=nvme,
@@ -61,7 +65,9 @@ def run(
         handle.reset_stats()
         answer = question.ask(model, stream=not as_json)
         stats, report, budgets = handle.stats(), handle.prefetch_report(), handle.budgets
-    same = question.ask(question.load_stock()).tokens == answer.tokens if check else None
+        backend = handle.runtime.backend
+    place = backend.name
+    same = question.ask(question.load_stock(place)).tokens == answer.tokens if check else None
     if as_json:
         output.print_json(
             {
@@ -70,6 +76,7 @@ def run(
                 "num_prompt_tokens": answer.num_prompt_tokens,
                 "first_token_seconds": answer.first_token_seconds,
                 "tokens_per_second": answer.tokens_per_second,
+                "device": place,
                 "hbm_nbytes": budgets.hbm,
                 "dram_nbytes": budgets.dram,
                 "stats": stats.as_dict(),
@@ -79,7 +86,7 @@ def run(
         )
     else:
         print()
-        output.print_table(_rows(answer, stats, report, budgets))
+        output.print_table(_rows(answer, stats, report, budgets, backend))
         if same is not None:
             verdict = "identical to" if same else "DIFFERENT from"
             print(f"\nThe tokens are {verdict} those of the model without offload.")
@@ -123,13 +130,14 @@ class _Question:
         if temperature > 0:
             self._options |= {"do_sample": True, "temperature": temperature}
 
-    def load_stock(self) -> Any:
-        """Return the unmodified model, all of it in memory."""
+    def load_stock(self, device: str) -> Any:
+        """Return the unmodified model, all of it in memory of the device."""
         from tiered_mem.hf.loading import default_model_class
 
-        return default_model_class(self._checkpoint).from_pretrained(
+        model = default_model_class(self._checkpoint).from_pretrained(
             self._checkpoint, dtype=self._dtype
         )
+        return model.to(device)
 
     def ask(self, model: Any, *, stream: bool = False) -> _Answer:
         """Generate; `stream` prints prompt and words as they come."""
@@ -141,8 +149,8 @@ class _Question:
             print(self._prompt, end="", flush=True)
         torch.manual_seed(self._seed)
         whole = model.generate(
-            input_ids=self._inputs["input_ids"],
-            attention_mask=self._inputs["attention_mask"],
+            input_ids=self._inputs["input_ids"].to(model.device),
+            attention_mask=self._inputs["attention_mask"].to(model.device),
             streamer=clock,
             **self._options,
         )
@@ -199,7 +207,9 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def _rows(answer: _Answer, stats: Any, report: dict[str, Any], budgets: Any) -> list[list[str]]:
+def _rows(
+    answer: _Answer, stats: Any, report: dict[str, Any], budgets: Any, backend: Any
+) -> list[list[str]]:
     from tiered_mem.config import format_size as size
 
     def share(count: int) -> str:
@@ -216,7 +226,7 @@ def _rows(answer: _Answer, stats: Any, report: dict[str, Any], budgets: Any) -> 
             "first token",
             f"{answer.first_token_seconds:.2f} s, {answer.num_prompt_tokens} in prompt",
         ],
-        ["HBM", f"{size(budgets.hbm)}; host memory plays its part"],
+        ["HBM", f"{size(budgets.hbm)}{_what_plays_hbm(backend)}"],
         ["DRAM", size(budgets.dram)],
         ["hits in HBM", share(stats.num_hbm_hits)],
         ["on the way to it", share(stats.num_in_flight)],
@@ -236,6 +246,14 @@ def _rows(answer: _Answer, stats: Any, report: dict[str, Any], budgets: Any) -> 
     if stats.num_failed or stats.num_repaired:
         rows.append(["failed, repaired", f"{stats.num_failed}, {stats.num_repaired}"])
     return rows
+
+
+def _what_plays_hbm(backend: Any) -> str:
+    if not backend.in_place:
+        return f" of {backend.name}"
+    if backend.name == "cpu":
+        return "; host memory plays its part"
+    return f" of the memory that {backend.name} shares with the CPU"
 
 
 _TIERS = {"nvme": "NVMe", "dram": "DRAM", "hbm": "HBM"}

@@ -167,8 +167,11 @@ def _parse(place: Any) -> torch.device:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    if device.type == "cpu" or device.index is not None:
-        return torch.device("cpu") if device.type == "cpu" else device
+    if device.type == "cpu":
+        return torch.device("cpu")
+    index: int | None = device.index  # torch's stubs know of no device without one
+    if index is not None:
+        return device
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     here = accelerator is not None and accelerator.type == device.type
     return torch.device(device.type, torch.accelerator.current_device_index() if here else 0)

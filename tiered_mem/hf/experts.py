@@ -140,7 +140,7 @@ def _forward(
         result = sum_up(outputs, hidden_states, top_k_index, top_k_weights)
     if hidden_states.requires_grad or top_k_weights.requires_grad:
         return _NoBackward.apply(result, hidden_states, top_k_weights)  # type: ignore[no-any-return, no-untyped-call]
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def _run_on_arrival(

@@ -75,9 +75,10 @@ def by_groups(
 
     def linear(name: str, inputs: torch.Tensor) -> torch.Tensor:
         bias = views[name + "_bias"][groups] if module.has_bias else None
-        return _grouped_linear(
+        out: torch.Tensor = _grouped_linear(
             inputs, views[name], ends, bias=bias, is_transposed=module.is_transposed
         )
+        return out
 
     return _expert(module, linear, states)
 
@@ -137,9 +138,10 @@ class Selection:
 
         def linear(name: str, inputs: torch.Tensor) -> torch.Tensor:
             bias = self._selected[name + "_bias"] if module.has_bias else None
-            return _batched_linear(
+            out: torch.Tensor = _batched_linear(
                 inputs, self._selected[name], bias=bias, is_transposed=module.is_transposed
             )
+            return out
 
         return _expert(module, linear, states)
 

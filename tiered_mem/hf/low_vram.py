@@ -163,7 +163,7 @@ class CacheState:
             for layer, state in zip(part.layers, states, strict=True):
                 state.restore(layer)
         if self._is_updated is not None:
-            self._whole.is_updated = self._is_updated  # type: ignore[attr-defined]
+            self._whole.is_updated = self._is_updated
 
 
 # Layers whose tensors grow along one dimension, by being replaced with longer ones.

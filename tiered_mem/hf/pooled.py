@@ -87,7 +87,7 @@ class _Event:
         self._num_top_k = top_k_index.size(-1)
         self._rows = top_k_index.reshape(-1)
         self._host_rows: Ids = host_index.numpy().reshape(-1).astype(np.int64, copy=False)
-        num_experts = self._module.num_experts
+        num_experts = int(self._module.num_experts)
         # Ids from `num_experts` up are expert-parallel sentinels: nothing is computed for them.
         bounded = np.minimum(self._host_rows, num_experts)
         self._counts = np.bincount(bounded, minlength=num_experts + 1)[:num_experts]
@@ -179,7 +179,7 @@ class _Event:
         # An expert's rows come in the router's choice and then by token, as in the eager loop.
         by_choice = self._host_rows.reshape(-1, self._num_top_k)
         for index, slot in zip(ids, slots, strict=True):
-            choice, token = np.nonzero(index == by_choice.T)
+            choice, token = np.nonzero(np.equal(by_choice.T, index))
             rows = to_device(token * self._num_top_k + choice, self._hidden.device)
             weights = self._tiered.weights(slot)
             self._put(rows, one_expert(self._module, weights, self._inputs(rows)))
@@ -247,11 +247,11 @@ def _all_resident(
         outputs: torch.Tensor | None = None
         for window, table in zip(resident.windows, resident.tables, strict=True):
             views = window_views(tiered.layout, window, tiered.home.view)
-            out, groups = compute(module, views, hidden_states, num_top_k, ids, table)
+            out, of_row = compute(module, views, hidden_states, num_top_k, ids, table)
             if whole:
                 return out
             # What was computed for others' rows is whatever was there.
-            mine = (groups < window.num_slots)[:, None]
+            mine = (of_row < window.num_slots)[:, None]
             out = torch.where(mine, out, 0.0)
             outputs = out if outputs is None else torch.where(mine, out, outputs)
         return outputs
