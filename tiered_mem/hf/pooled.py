@@ -75,14 +75,14 @@ class _Event:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         tiered: TieredExperts,
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         host_index: torch.Tensor,
         way: Way,
     ) -> None:
-        self._module: Any = module
+        self._module = module
         self._tiered, self._hidden, self._way = tiered, hidden_states, way
         self._num_top_k = top_k_index.size(-1)
         self._rows = top_k_index.reshape(-1)
