@@ -312,7 +312,7 @@ def test_check_fails_with_code_1(
         return model
 
     monkeypatch.setattr(
-        "tiered_mem.cli.run._Question.load_stock", lambda question: load_another(MODEL)
+        "tiered_mem.cli.run._Question.load_stock", lambda question, device: load_another(MODEL)
     )
     options = ["--prompt", PROMPT, "--nvme", packed, "--max-new-tokens", "12", "--check"]
     done = tiered_mem("run", MODEL, *options)
@@ -404,3 +404,13 @@ def test_a_bare_os_error_says_what_to_do(
     assert cli.invoke(["policies"]) == 2
     err = capsys.readouterr().err
     assert re.fullmatch(f"tiered-mem: .*{line}.*\n", err), err
+
+
+@pytest.mark.parametrize(
+    ("device", "says"), [("nowhere", "is no device"), ("cuda:77", "can't be used|there is no")]
+)
+def test_a_device_that_isnt_there_exits_with_2(device: str, says: str, tmp_path: Path) -> None:
+    options = ["--prompt", PROMPT, "--device", device, "--nvme", str(tmp_path / "store")]
+    done = call("run", str(MODEL), *options)
+    assert done.returncode == 2
+    assert re.search(says, done.err)
