@@ -32,7 +32,8 @@ class DoubleBackend(CudaBackend):
         assert _core.cuda_device_count() > 0
         self.double.start()
 
-    def _load_kernels(self) -> None: ...
+    def _load_kernels(self) -> bool:
+        return False
 
     def _empty(self, nbytes: int) -> torch.Tensor:
         self.double.start()  # on this thread

@@ -224,6 +224,7 @@ def _make_tiers(
             eviction=eviction,
             num_io_threads=num_io_threads,
             device=backend.core,
+            copy_back=backend.copy_back,
         )
 
     # Address space is reserved for growth; memory is taken only as blocks arrive. Memory that a GPU

@@ -33,6 +33,7 @@ class Backend(Protocol):
     in_place: bool
     #: What is computed can be made to wait for copies; otherwise the host waits for them.
     stream_ordered: bool
+    copy_back: bool
 
     @property
     def device(self) -> torch.device: ...

@@ -35,9 +35,10 @@ def calibrate(
     identity: dict[str, Any],
     measure: Callable[[], Calibration],
     use: Callable[[Calibration], None],
-) -> None:
+) -> Calibration:
     """Use what is kept of the device with this identity, or else measure it, use and keep that.
 
+    Returns what is used.
     `use` raises `ConfigError` for a calibration that it can't use, of another version perhaps.
     """
     path = _path(identity)
@@ -45,7 +46,7 @@ def calibrate(
     if kept is not None:
         try:
             use(kept)
-            return
+            return kept
         except ConfigError as error:
             logger.info("%s isn't used (%s): the device is measured again", path, error)
     measured = measure()
@@ -58,6 +59,7 @@ def calibrate(
         logger.warning(
             "%s can't be written (%s): this device is measured again in every process", path, error
         )
+    return measured
 
 
 def _path(identity: dict[str, Any]) -> Path:

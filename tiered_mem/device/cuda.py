@@ -21,6 +21,10 @@ from tiered_mem.errors import DeviceError
 
 logger = logging.getLogger(__name__)
 
+# What HBM lets go is copied back to DRAM unless that slows copies in below this share of their
+# speed: a block that isn't in DRAM has to come from NVMe again, at a fraction of the link's speed.
+_DUPLEX_PAYS = 0.5
+
 
 class CudaBackend:
     """A GPU. `calibrate` measures its ways to copy, unless that was done and kept.
@@ -29,6 +33,7 @@ class CudaBackend:
     """
 
     stream_ordered = True
+    copy_back = True
 
     def __init__(self, device: torch.device, *, calibrate: bool | None = None) -> None:
         self.device = device
@@ -43,9 +48,14 @@ class CudaBackend:
                 "place, without copies and without a DRAM tier",
                 self.name,
             )
-        self._load_kernels()
-        if calibration.wanted() if calibrate is None else calibrate:
-            calibration.calibrate(self._identity(), self._measure, self.core.set_calibration)
+        self._has_kernels = self._load_kernels()
+        wanted = calibration.wanted() if calibrate is None else calibrate
+        if wanted and not self.in_place:
+            found = calibration.calibrate(
+                self._identity(), self._measure, self.core.set_calibration
+            )
+            slowed = found["duplex_bytes_per_second"] / found["in_bytes_per_second"]
+            self.copy_back = slowed >= _DUPLEX_PAYS
 
     def _start_torch(self) -> None:
         """Make torch's context, which the core then shares."""
@@ -75,16 +85,27 @@ class CudaBackend:
                 "hides the others)"
             )
 
-    def _load_kernels(self) -> None:
+    def _load_kernels(self) -> bool:
         from tiered_mem.device import kernels
 
-        self.core.load_kernels(kernels.kernel_image(self.core.compute_capability))
+        try:
+            kernels.load_kernels(self.core)
+        except DeviceError as error:
+            logger.warning(
+                "%s copies by its copy engines alone, which are several times slower for blocks "
+                "below about 100 KiB: %s",
+                self.name,
+                error,
+            )
+            return False
+        return True
 
     def _identity(self) -> dict[str, Any]:
         return {
             "name": self.core.name,
             "driver": self.core.driver_version,
             "pci_bus_id": self.core.pci_bus_id,
+            "kernels": self._has_kernels,
         }
 
     def _measure(self) -> calibration.Calibration:

@@ -21,6 +21,7 @@ class HostBackend:
     name = "cpu"
     in_place = True
     stream_ordered = False
+    copy_back = True
     core = None
 
     @property

@@ -109,6 +109,7 @@ class PortableBackend:
 
     in_place = False
     stream_ordered = False
+    copy_back = True
 
     def __init__(self, device: torch.device, work: Work) -> None:
         self.device = device

@@ -85,10 +85,17 @@ def aligned(make: Callable[[int], torch.Tensor], nbytes: int) -> torch.Tensor:
 
 def torch_memory(device: torch.device) -> tuple[int, int]:
     """Return `Backend.memory` of a device whose memory torch allocates."""
-    free, total = torch.accelerator.get_memory_info(device)
-    allocated = torch.accelerator.memory_allocated(device)
-    cached = torch.accelerator.memory_reserved(device) - allocated
     if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        allocated, reserved = (
+            torch.cuda.memory_allocated(device),
+            torch.cuda.memory_reserved(device),
+        )
         # What torch.cuda.set_per_process_memory_fraction allows this process.
         total = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    else:
+        free, total = torch.accelerator.get_memory_info(device)
+        allocated = torch.accelerator.memory_allocated(device)
+        reserved = torch.accelerator.memory_reserved(device)
+    cached = reserved - allocated
     return max(0, min(free + cached, total - allocated)), total
