@@ -409,8 +409,10 @@ def test_a_bare_os_error_says_what_to_do(
 @pytest.mark.parametrize(
     ("device", "says"), [("nowhere", "is no device"), ("cuda:77", "can't be used|there is no")]
 )
-def test_a_device_that_isnt_there_exits_with_2(device: str, says: str, tmp_path: Path) -> None:
+def test_a_device_that_isnt_there_exits_with_2(
+    tiered_mem: Command, device: str, says: str, tmp_path: Path
+) -> None:
     options = ["--prompt", PROMPT, "--device", device, "--nvme", str(tmp_path / "store")]
-    done = call("run", str(MODEL), *options)
-    assert done.returncode == 2
+    done = tiered_mem("run", str(MODEL), *options)
+    assert done.code == 2
     assert re.search(says, done.err)
