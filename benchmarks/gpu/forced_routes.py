@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from random_model import Shape
 from route_grid import made_up_trace
-
 from tiered_mem.policies.prefetch import Oracle, Predictor, Route
+
 from tiered_mem.trace import Form, Phase, Trace, TraceHeader
 from tiered_mem.trace_formats import import_trace
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from big_model import BigModel, resident_model
+from tiered_mem.policies.prefetch import Predictor
 
 import tiered_mem
 from tiered_mem.config import BudgetWarning
-from tiered_mem.policies.prefetch import Predictor
 
 UNMODIFIED = "unmodified, all resident"
 ACCELERATE = "accelerate.cpu_offload"
