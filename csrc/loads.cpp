@@ -13,8 +13,7 @@ Tiers::Ticket Tiers::start_load(Block& block, Priority priority, std::uint32_t r
   transfer->probability = -static_cast<double>(rank);
   if (const auto leaving = leaving_.find(block.slot); leaving != leaving_.end())
     transfer->after.push_back(leaving->second);
-  if (auto used = last_uses_.extract(block.slot))
-    transfer->after_marks.push_back(std::move(used.mapped()));
+  transfer->after_marks = last_uses_.of(block.slot, block.slot_nbytes);
   Block* copy = has_dram_ ? dram_.find(key) : nullptr;
   transfer->from_store = copy == nullptr || copy->state == State::failed;
   if (copy == nullptr && has_dram_ && !copy_back_) {

@@ -23,7 +23,7 @@ void Tiers::release(Event& event, Compute compute) {
 
 void Tiers::unpin_all(const Orphan& holds) {
   abandon_repairs(holds.event);
-  guard_slots(holds.slots, holds.compute);
+  guard_slots(holds.keys, holds.compute);
   for (Key key : holds.keys) hbm_.unpin(*hbm_.find(key));
   const auto holder = holders_.find(holds.stream);
   if (--holder->second == 0) holders_.erase(holder);
@@ -71,12 +71,15 @@ void Tiers::abandon_repairs(const Event* event) {
   if (any) changed_.notify_all();
 }
 
-// Slots that what was given to `compute` may read.
-void Tiers::guard_slots(const std::vector<Slot>& slots, Compute compute) {
+// Slots of blocks, pinned yet, that what was given to `compute` may read.
+void Tiers::guard_slots(const std::vector<Key>& keys, Compute compute) {
   if (!device_->asynchronous() || engine_.is_virtual()) return;
   try {
     if (const MarkPtr mark = device_->mark_compute(compute))
-      for (Slot slot : slots) last_uses_[slot] = mark;
+      for (Key key : keys) {
+        const Block& block = *hbm_.find(key);
+        last_uses_.add(block.slot, block.slot_nbytes, compute, mark);
+      }
   } catch (const Error&) {  // whoever releases may not fail
     engine_.fail_device(std::current_exception());
   }

@@ -221,11 +221,8 @@ void Tiers::give_back_segments() {
   if (!segments_) return;
   while (const auto first = hbm_.take_idle_range()) {
     const std::shared_ptr<Memory> segment = segments_->take(*first);
-    for (auto use = last_uses_.begin(); use != last_uses_.end();) {
-      const bool inside = use->first >= *first && use->first < *first + segment->nbytes();
-      if (inside) device_->wait(use->second);
-      use = inside ? last_uses_.erase(use) : std::next(use);
-    }
+    for (const MarkPtr& mark : last_uses_.of(*first, segment->nbytes())) device_->wait(mark);
+    last_uses_.forget(*first, segment->nbytes());
   }
 }
 

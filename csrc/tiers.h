@@ -27,6 +27,7 @@
 #include "device.h"
 #include "direct_io.h"
 #include "hints.h"
+#include "last_uses.h"
 #include "pinned_memory.h"
 #include "process.h"
 #include "residency.h"
@@ -265,7 +266,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   struct Orphan;
   void unpin_all(const Orphan& holds);
   bool hold_for(const Transfer& ticket, Compute compute, MarkPtr& held);
-  void guard_slots(const std::vector<Slot>& slots, Compute compute);
+  void guard_slots(const std::vector<Key>& keys, Compute compute);
   void give_back_segments();
   void orphan(Event& event);
   void release_orphans();
@@ -286,7 +287,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   std::shared_ptr<Memory> hbm_memory_;
   std::shared_ptr<Segments> segments_;  // null: HBM is host memory; else the same as hbm_memory_
   std::shared_ptr<PinnedMemory> dram_memory_;
-  std::unordered_map<Slot, MarkPtr> last_uses_;  // HBM slots that computing may still read
+  LastUses last_uses_;
   Residency hbm_, dram_;
   bool has_dram_;
   bool copy_back_;

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from driver_double import compile_double
 
 ROOT = Path(__file__).parent.parent
 # What the runtime doesn't need isn't built: each file costs seconds.
@@ -50,6 +51,10 @@ class Build:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(run, commands))
 
+    def cuda_double(self) -> Path:
+        """The double of CUDA's driver, under the same sanitizer."""
+        return compile_double(self.folder, tuple(self.flags))
+
     def program(self, name: str) -> Path:
         target = self.folder / name
         compile_program(target, self.objects, ROOT / "tests" / "cpp" / f"{name}.cpp", self.flags)
@@ -89,3 +94,21 @@ def test_stress(build: Build, tmp_path: Path) -> None:
     done = run([str(program), str(tmp_path / "blocks"), "4"], TSAN_OPTIONS="halt_on_error=1")
     assert done.stdout.count(" events") == 4
     assert "WARNING" not in done.stderr
+
+
+@pytest.mark.slow
+def test_cuda_device_and_runtime_over_it(build: Build, tmp_path: Path) -> None:
+    # On the double of the driver: every byte, an order between all accesses, nothing left behind.
+    environment = {
+        "TIERED_MEM_CUDA_DRIVER": str(build.cuda_double()),
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
+    device = str(build.program("device_cuda"))
+    for method in ("engine", "batch", "kernel"):
+        run([device, method, "0.5"], **environment)
+    run([device, "batch", "0.5"], TIERED_MEM_CUDA_DOUBLE="guard=1", **environment)
+    run([device, "failures", "0"], **environment)
+    run([device, "races", "0"], **environment)
+    stress = [str(build.program("stress_cuda")), str(tmp_path / "blocks")]
+    run([*stress, "2", "engine"], **environment)
+    run([*stress, "1", "kernel"], **environment)
