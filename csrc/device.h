@@ -81,6 +81,9 @@ class Device {
   virtual std::shared_ptr<void> pin(std::byte* /*host*/, std::uint64_t /*nbytes*/) {
     return nullptr;
   }
+  /// No further copy goes to a range that was pinned from `host` on: its handle may then end at
+  /// leisure, which can take as long as the device does.
+  virtual void retire_pinned(const std::byte* /*host*/) {}
 };
 
 std::unique_ptr<Device> make_host_device();

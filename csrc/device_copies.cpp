@@ -15,6 +15,7 @@ namespace {
 
 constexpr std::size_t kStagesPerThread = 3;  // one fills while others are fetched
 constexpr std::chrono::microseconds kLookEvery{20};
+constexpr std::uint64_t kBatchNbytes = 16 << 20;  // a fraction of a millisecond on any link
 
 Direction direction_of(Link link) {
   return link == Link::hbm_to_dram ? Direction::out : Direction::in;
@@ -42,6 +43,16 @@ bool TransferEngine::waits_on_device(const Transfer& before) const {
   return is_asynchronous() && before.issued();
 }
 
+// Behind a guess that waits for computing, demands would wait too.
+bool TransferEngine::waits_for_compute(const Transfer& transfer) const {
+  try {
+    for (const MarkPtr& mark : transfer.after_marks)
+      if (!device_->reached(mark)) return true;
+  } catch (const Error&) {  // told by the first copy
+  }
+  return false;
+}
+
 // What of the device's work comes before the transfer's copies. Once one of them is told, the order
 // among copies of a direction sees to the others.
 std::vector<MarkPtr> TransferEngine::dependencies(const Transfer& transfer) {
@@ -59,14 +70,14 @@ std::vector<MarkPtr> TransferEngine::dependencies(const Transfer& transfer) {
 
 void TransferEngine::pump() {
   if (!is_asynchronous()) return;
-  std::unique_lock lock(mutex_);
+  const std::lock_guard lock(mutex_);
   const bool others = issued_some_;
-  pump_locked(lock);
+  pump_locked();
   issued_some_ = others;  // the caller sees what it issued
 }
 
 void TransferEngine::pump_and_announce(std::unique_lock<std::mutex>& lock) {
-  pump_locked(lock);
+  pump_locked();
   if (!std::exchange(issued_some_, false) || !on_issued_) return;
   lock.unlock();
   on_issued_();
@@ -74,42 +85,57 @@ void TransferEngine::pump_and_announce(std::unique_lock<std::mutex>& lock) {
 }
 
 // One batch a direction, and what waits for something behind it. Telling may let more start.
-void TransferEngine::pump_locked(std::unique_lock<std::mutex>& lock) {
+void TransferEngine::pump_locked() {
   for (bool any = true; any;) {
     any = false;
     std::vector<Claim> ready[2], waiting[2];
     std::vector<MarkPtr> after[2];
-    std::exception_ptr error;
     for (Claim claimed; claim(claimed, {Claimant::Kind::device, {}}); claimed = {}) {
       any = true;
       const auto i = static_cast<std::size_t>(direction_of(claimed.transfer->link));
       try {
         claimed.transfer->check_feeder();
       } catch (...) {
-        land(lock, claimed, std::current_exception());
+        refuse(claimed, std::current_exception());
         continue;
       }
       std::vector<MarkPtr> marks;
       try {
         marks = dependencies(*claimed.transfer);
       } catch (const Error&) {
-        error = std::current_exception();
+        note_failure(std::current_exception());
+        refuse(claimed, std::current_exception());
+        continue;
       }
       (marks.empty() ? ready : waiting)[i].push_back(claimed);
       after[i].insert(after[i].end(), marks.begin(), marks.end());
     }
     for (const Direction direction : {Direction::out, Direction::in}) {
       const auto i = static_cast<std::size_t>(direction);
-      if (!ready[i].empty()) tell(lock, direction, ready[i], {});
-      if (!waiting[i].empty()) tell(lock, direction, waiting[i], std::move(after[i]));
+      tell_in_batches(direction, ready[i], {});
+      tell_in_batches(direction, waiting[i], after[i]);
     }
-    if (error) fail_locked(lock, error, false);
+  }
+}
+
+// What is computed on the first blocks needn't wait for the last.
+void TransferEngine::tell_in_batches(Direction direction, const std::vector<Claim>& claims,
+                                     const std::vector<MarkPtr>& after) {
+  std::vector<Claim> batch;
+  std::uint64_t nbytes = 0;
+  for (std::size_t i = 0; i < claims.size(); ++i) {
+    batch.push_back(claims[i]);
+    nbytes += claims[i].nbytes;
+    if (nbytes < kBatchNbytes && i + 1 < claims.size()) continue;
+    tell(direction, batch, after);
+    batch.clear();
+    nbytes = 0;
   }
 }
 
 // A batch that the device refuses fails as a whole: it is told which copy it was by its error.
-void TransferEngine::tell(std::unique_lock<std::mutex>& lock, Direction direction,
-                          const std::vector<Claim>& claims, std::vector<MarkPtr> after) {
+void TransferEngine::tell(Direction direction, const std::vector<Claim>& claims,
+                          std::vector<MarkPtr> after) {
   std::vector<Copy> copies;
   for (const Claim& claim : claims) {
     const Transfer& transfer = *claim.transfer;
@@ -120,11 +146,24 @@ void TransferEngine::tell(std::unique_lock<std::mutex>& lock, Direction directio
   try {
     mark = device_->copy_async(direction, copies, after);
   } catch (...) {
-    for (const Claim& claim : claims) land(lock, claim, std::current_exception());
+    for (const Claim& claim : claims) refuse(claim, std::current_exception());
     return;
   }
   for (const Claim& claim : claims)
     note_told(claim, mark, turn_ends_at(claim.transfer->link, claim.nbytes));
+}
+
+// A copy that can't be told. Whoever tells copies may hold locks that the end of a transfer takes,
+// so ends are for the thread that watches arrivals.
+void TransferEngine::refuse(const Claim& claim, std::exception_ptr error) {
+  refused_.push_back({claim, error});
+  told_some_.notify_one();
+}
+
+void TransferEngine::note_failure(std::exception_ptr error) {
+  if (!device_error_) device_error_ = error;
+  device_failed_ = true;
+  told_some_.notify_one();
 }
 
 void TransferEngine::note_told(const Claim& claim, const MarkPtr& mark, double not_before) {
@@ -241,9 +280,13 @@ void TransferEngine::watch_arrivals() {
   prctl(PR_SET_TIMERSLACK, 1000UL);  // ns: sleeps are as short as they are meant to be
   std::unique_lock lock(mutex_);
   for (;;) {
-    told_some_.wait(lock, [this] { return closing_ || !told_[0].empty() || !told_[1].empty(); });
-    if (told_[0].empty() && told_[1].empty()) return;
-    if (land_arrived(lock)) {
+    const auto has_work = [this] {
+      return !told_[0].empty() || !told_[1].empty() || !refused_.empty() || failure_is_new();
+    };
+    told_some_.wait(lock, [&] { return closing_ || has_work(); });
+    if (!has_work()) return;
+    if (failure_is_new()) end_all(lock, false);
+    if (land_refused(lock) | land_arrived(lock)) {
       pump_and_announce(lock);
       continue;
     }
@@ -252,6 +295,16 @@ void TransferEngine::watch_arrivals() {
     std::this_thread::sleep_for(kLookEvery);
     lock.lock();
   }
+}
+
+bool TransferEngine::land_refused(std::unique_lock<std::mutex>& lock) {
+  const bool any = !refused_.empty();
+  while (!refused_.empty()) {
+    const auto [claim, error] = refused_.front();
+    refused_.pop_front();
+    land(lock, claim, error);
+  }
+  return any;
 }
 
 bool TransferEngine::land_arrived(std::unique_lock<std::mutex>& lock) {
@@ -267,7 +320,8 @@ bool TransferEngine::land_arrived(std::unique_lock<std::mutex>& lock) {
         land(lock, arrived, nullptr);
       }
   } catch (const Error&) {
-    fail_locked(lock, std::current_exception(), false);
+    note_failure(std::current_exception());
+    end_all(lock, false);
   }
   return any;
 }
@@ -280,29 +334,26 @@ void TransferEngine::check_progress(std::unique_lock<std::mutex>& lock) {
     const Told& first = told_[i].front();
     const double since = std::max({first.at, last_arrival_[i], first.not_before});
     if (now - since < watchdog_seconds_) continue;
-    const Link link = first.claim.transfer->link;
-    fail_locked(lock,
-                std::make_exception_ptr(TransferError(
-                    std::string("a copy of ") + std::to_string(first.claim.nbytes) + " bytes (" +
-                    link_name(link) + ") hasn't arrived for " +
-                    std::to_string(static_cast<long>(watchdog_seconds_)) +
-                    " s: the device or its driver hangs, or other work holds it; the runtime is "
-                    "closed, start the process anew")),
-                true);
+    note_failure(std::make_exception_ptr(TransferError(
+        std::string("a copy of ") + std::to_string(first.claim.nbytes) + " bytes (" +
+        link_name(first.claim.transfer->link) + ") hasn't arrived for " +
+        std::to_string(static_cast<long>(watchdog_seconds_)) +
+        " s: the device or its driver hangs, or other work holds it; the runtime is closed, start "
+        "the process anew")));
+    end_all(lock, true);
     return;
   }
 }
 
 void TransferEngine::fail_device(std::exception_ptr error) {
-  std::unique_lock lock(mutex_);
-  fail_locked(lock, error, false);
+  const std::lock_guard lock(mutex_);
+  note_failure(error);
 }
 
 // Ends all transfers. What a stuck device may still write to is never freed.
-void TransferEngine::fail_locked(std::unique_lock<std::mutex>& lock, std::exception_ptr error,
-                                 bool stuck) {
-  if (!device_error_) device_error_ = error;
-  device_failed_ = true;
+void TransferEngine::end_all(std::unique_lock<std::mutex>& lock, bool stuck) {
+  ended_all_ = true;
+  const std::exception_ptr error = device_error_;
   std::vector<Claim> lost;
   for (std::deque<Told>& told : told_) {
     for (const Told& copy : told) lost.push_back(copy.claim);

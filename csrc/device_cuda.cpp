@@ -40,10 +40,6 @@ CudaDevice::CudaDevice(const CudaConfig& config)
 std::shared_ptr<Memory> CudaDevice::allocate(std::uint64_t nbytes) {
   if (!integrated_)
     throw DeviceError("memory of a CUDA device comes in segments: add them to the tiers instead");
-  const Current current(*context_);
-  // A device that follows the CPU's page tables needs nothing; any other knows pinned memory only.
-  if (context_->attribute(cuda::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS) != 0)
-    return host_->allocate(nbytes);
   return allocate_staging(nbytes);
 }
 

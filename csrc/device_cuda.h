@@ -44,6 +44,7 @@ class CudaDevice final : public Device {
   void hold_compute(Compute compute, const MarkPtr& mark) override;
   bool reaches(const std::byte* host, std::uint64_t nbytes) const override;
   std::shared_ptr<void> pin(std::byte* host, std::uint64_t nbytes) override;
+  void retire_pinned(const std::byte* host) override { ranges_->remove(host); }
 
   std::string name() const;
   std::string pci_bus_id() const;

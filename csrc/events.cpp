@@ -350,6 +350,7 @@ std::vector<std::uint32_t> Event::wait_any(std::vector<Failure>& failures, Compu
         if (tiers_->others_repair(*this, keys_[i])) continue;
         tiers_->repairs_[keys_[i]] = {this, stream_};
         failures.push_back({i, ticket->error()});
+        tiers_->hold_for_repair(*tiers_->hbm_.find(keys_[i]), compute);
       }
       tickets_[i] = nullptr;
       --num_pending_;
@@ -362,6 +363,16 @@ std::vector<std::uint32_t> Event::wait_any(std::vector<Failure>& failures, Compu
   }
   if (waited) tiers_->count_stall(started);
   return positions;
+}
+
+// What still reads the slot of a block that failed comes before what fills it.
+void Tiers::hold_for_repair(const Block& block, Compute compute) {
+  if (!device_->asynchronous()) return;
+  for (const MarkPtr& mark : last_uses_.of(block.slot, block.slot_nbytes))
+    device_->hold_compute(compute, mark);
+  if (const auto leaving = leaving_.find(block.slot);
+      leaving != leaving_.end() && leaving->second->issued())
+    device_->hold_compute(compute, leaving->second->mark());
 }
 
 // Whether a block that is still on its way can be computed with already.

@@ -19,11 +19,15 @@ namespace tiered_mem {
 /// cancelled, and then the next has to.
 class LastUses {
  public:
-  void add(Slot first, std::uint64_t nbytes, Compute compute, const MarkPtr& mark) {
+  /// `reached` tells of marks that needn't be kept any more.
+  template <class Reached>
+  void add(Slot first, std::uint64_t nbytes, Compute compute, const MarkPtr& mark,
+           const Reached& reached) {
     Marks marks;
     for (auto& [begin, use] : take(first, nbytes))
       for (const auto& [stream, old] : use.marks)
-        if (stream != compute) keep(marks, stream, old);  // a stream's later point has the earlier
+        // A stream's later point has the earlier.
+        if (stream != compute && !reached(old)) keep(marks, stream, old);
     keep(marks, compute, mark);
     uses_[first] = {first + nbytes, std::move(marks)};
   }
@@ -36,6 +40,7 @@ class LastUses {
     return marks;
   }
 
+  std::vector<MarkPtr> all() const { return of(0, UINT64_MAX); }
   void forget(Slot first, std::uint64_t nbytes) { take(first, nbytes); }
 
  private:

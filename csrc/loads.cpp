@@ -37,7 +37,7 @@ Tiers::Ticket Tiers::start_load(Block& block, Priority priority, std::uint32_t r
   }
   transfer->on_end = [this, key](Transfer& ended) { on_end({key, 0, ended.shared_from_this()}); };
   loads_[key] = transfer;
-  submit(transfer, priority);
+  submit(transfer, priority, key);
   return transfer;
 }
 
@@ -134,7 +134,7 @@ void Tiers::start_feeding(Key key, Priority priority, std::uint32_t rank) {
   transfer->keep_alive = {dram_memory_};
   transfer->on_end = [this, key](Transfer& ended) { on_end({key, 0, ended.shared_from_this()}); };
   demotions_[key] = transfer;
-  submit(transfer, priority);
+  submit(transfer, priority, key);
 }
 
 // Does nothing if DRAM has no room now.
@@ -155,13 +155,13 @@ void Tiers::start_demotion(const Victim& victim, Priority priority) {
   hbm_.hold(victim.slot);
   demotions_[victim.key] = transfer;
   leaving_[victim.slot] = transfer;
-  submit(transfer, priority);
+  submit(transfer, priority, victim.key);
 }
 
-void Tiers::submit(const Ticket& transfer, Priority priority) {
+void Tiers::submit(const Ticket& transfer, Priority priority, Key key) {
   if (engine_.submit(transfer, priority)) return;
-  if (const std::exception_ptr error = engine_.device_error()) std::rethrow_exception(error);
-  throw RuntimeClosed("the runtime is closed");
+  if (!engine_.device_error()) throw RuntimeClosed("the runtime is closed");
+  ended_.push_back({key, 0, transfer});  // failed, and settled as such
 }
 
 void Tiers::settle_demotion(const Ended& ended) {

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "device.h"
 
@@ -14,13 +15,15 @@ namespace tiered_mem {
 /// back in the middle is pinned again when its turn comes.
 class PinnedMemory final : public Memory {
  public:
-  explicit PinnedMemory(std::shared_ptr<Memory> memory) : memory_(std::move(memory)) {}
+  PinnedMemory(std::shared_ptr<Memory> memory, std::shared_ptr<Device> device)
+      : memory_(std::move(memory)), device_(std::move(device)) {}
 
   std::byte* data() const override { return memory_->data(); }
   std::uint64_t nbytes() const override { return memory_->nbytes(); }
 
-  /// Unpins what lies in the range as a whole. The memory of a piece that goes beyond it stays:
-  /// a device may be reading there.
+  /// Nothing is copied there any more. What was pinned as a whole is unpinned by the next `pin`,
+  /// since that may take long. The memory of a piece that goes beyond the range stays: a device may
+  /// be reading there.
   void decommit(std::uint64_t offset, std::uint64_t nbytes) override {
     const std::lock_guard lock(mutex_);
     const std::uint64_t end = offset + nbytes;
@@ -28,6 +31,8 @@ class PinnedMemory final : public Memory {
     for (auto piece = first_behind(offset); piece != pieces_.end() && piece->first < end;) {
       const std::uint64_t piece_end = piece->first + piece->second.nbytes;
       if (piece->first >= offset && piece_end <= end) {
+        device_->retire_pinned(data() + piece->first);
+        retired_.push_back(std::move(piece->second.handle));
         piece = pieces_.erase(piece);
         continue;
       }
@@ -40,7 +45,15 @@ class PinnedMemory final : public Memory {
 
   /// Pins at most `nbytes` more below `end`. Returns how many; 0 when all is pinned. Throws
   /// DeviceError.
-  std::uint64_t pin(Device& device, std::uint64_t end, std::uint64_t nbytes) {
+  std::uint64_t pin(std::uint64_t end, std::uint64_t nbytes) {
+    const std::lock_guard one_at_a_time(pinning_);
+    {
+      std::vector<std::shared_ptr<void>> retired;
+      {
+        const std::lock_guard lock(mutex_);
+        retired.swap(retired_);
+      }
+    }
     const std::lock_guard lock(mutex_);
     std::uint64_t from = 0;
     auto next = pieces_.begin();
@@ -49,7 +62,7 @@ class PinnedMemory final : public Memory {
     const std::uint64_t to =
         std::min({from + nbytes, end, next == pieces_.end() ? end : next->first});
     if (to <= from) return 0;
-    pieces_[from] = {to - from, device.pin(data() + from, to - from)};
+    pieces_[from] = {to - from, device_->pin(data() + from, to - from)};
     return to - from;
   }
 
@@ -67,8 +80,11 @@ class PinnedMemory final : public Memory {
   }
 
   std::shared_ptr<Memory> memory_;
+  std::shared_ptr<Device> device_;
+  std::mutex pinning_;
   std::mutex mutex_;
-  std::map<std::uint64_t, Piece> pieces_;  // by offset; gone before the memory
+  std::map<std::uint64_t, Piece> pieces_;       // by offset; gone before the memory
+  std::vector<std::shared_ptr<void>> retired_;  // no copies go there
 };
 
 }  // namespace tiered_mem

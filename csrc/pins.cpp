@@ -9,6 +9,7 @@ namespace tiered_mem {
 
 void Tiers::release(Event& event, Compute compute) {
   if (forked()) return;
+  std::vector<Leaving> leaving;
   {
     refuse_in_policy();
     Lock lock(mutex_);
@@ -17,8 +18,10 @@ void Tiers::release(Event& event, Compute compute) {
     settle_ended();
     unpin_all({event.keys_, event.slots_, event.stream_, compute, &event});
     finish_resize();
+    leaving = take_idle_segments();
   }
   changed_.notify_all();
+  let_go(std::move(leaving));
 }
 
 void Tiers::unpin_all(const Orphan& holds) {
@@ -33,6 +36,7 @@ void Tiers::unpin_all(const Orphan& holds) {
 void Tiers::orphan(Event& event) {
   if (event.released_ || forked()) return;
   event.released_ = true;
+  if (closed_) await_compute(event.compute_);  // the event may be the last to hold the memory
   {
     const std::lock_guard lock(orphans_mutex_);
     orphans_.push_back(
@@ -73,15 +77,25 @@ void Tiers::abandon_repairs(const Event* event) {
 
 // Slots of blocks, pinned yet, that what was given to `compute` may read.
 void Tiers::guard_slots(const std::vector<Key>& keys, Compute compute) {
-  if (!device_->asynchronous() || engine_.is_virtual()) return;
+  // I/O threads know no marks: where they write into the device's memory, computing ends first.
+  if (closed_ || !device_->asynchronous()) return await_compute(compute);
   try {
+    const auto reached = [&](const MarkPtr& mark) { return device_->reached(mark); };
     if (const MarkPtr mark = device_->mark_compute(compute))
       for (Key key : keys) {
         const Block& block = *hbm_.find(key);
-        last_uses_.add(block.slot, block.slot_nbytes, compute, mark);
+        last_uses_.add(block.slot, block.slot_nbytes, compute, mark, reached);
       }
   } catch (const Error&) {  // whoever releases may not fail
     engine_.fail_device(std::current_exception());
+  }
+}
+
+void Tiers::await_compute(Compute compute) noexcept {
+  if (engine_.is_virtual() || !(device_->asynchronous() || device_->stream_ordered())) return;
+  try {
+    device_->wait(device_->mark_compute(compute));
+  } catch (const Error&) {  // the device failed: nothing is computed any more
   }
 }
 

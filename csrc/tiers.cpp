@@ -59,8 +59,8 @@ Tiers::Tiers(const TiersConfig& config, std::shared_ptr<Device> device, Poll pol
     }  // whoever looked before is waiting now
     changed_.notify_all();
   });
-  dram_memory_ =
-      std::make_shared<PinnedMemory>(make_host_device()->allocate(dram_.arena().reserved()));
+  dram_memory_ = std::make_shared<PinnedMemory>(
+      make_host_device()->allocate(dram_.arena().reserved()), device_);
 }
 
 Tiers::~Tiers() { shut(); }
@@ -192,19 +192,23 @@ void Tiers::finish_resize() {
   try {
     if (over(hbm_.arena())) resize(hbm_, *hbm_memory_, hbm_.arena().budget());
     if (over(dram_.arena())) resize(dram_, *dram_memory_, dram_.arena().budget());
-    give_back_segments();
   } catch (const PolicyError&) {  // callers that release may not fail; the next acquire throws it
     policy_error_ = std::current_exception();
   }
 }
 
 bool Tiers::resize_hbm(std::uint64_t nbytes) {
-  const Lock held = lock();
-  check_open();
-  const bool complete = resize(hbm_, *hbm_memory_, nbytes);
-  give_back_segments();
-  max_guessed_nbytes_ = nbytes / kGuessShare;
+  std::vector<Leaving> leaving;
+  bool complete = false;
+  {
+    const Lock held = lock();
+    check_open();
+    complete = resize(hbm_, *hbm_memory_, nbytes);
+    leaving = take_idle_segments();
+    max_guessed_nbytes_ = nbytes / kGuessShare;
+  }
   changed_.notify_all();
+  let_go(std::move(leaving));
   return complete;
 }
 
@@ -216,13 +220,24 @@ bool Tiers::resize_dram(std::uint64_t nbytes) {
   return complete;
 }
 
-// Once nothing that was computed can still be reading there.
-void Tiers::give_back_segments() {
-  if (!segments_) return;
+std::vector<Tiers::Leaving> Tiers::take_idle_segments() {
+  std::vector<Leaving> leaving;
+  if (!segments_ || closed_) return leaving;
   while (const auto first = hbm_.take_idle_range()) {
     const std::shared_ptr<Memory> segment = segments_->take(*first);
-    for (const MarkPtr& mark : last_uses_.of(*first, segment->nbytes())) device_->wait(mark);
+    leaving.push_back({segment, last_uses_.of(*first, segment->nbytes())});
     last_uses_.forget(*first, segment->nbytes());
+  }
+  return leaving;
+}
+
+// Without the lock: it waits for computing, and memory that is Python's takes the GIL to go.
+void Tiers::let_go(std::vector<Leaving> leaving) {
+  try {
+    for (const Leaving& each : leaving)
+      for (const MarkPtr& mark : each.marks) device_->wait(mark);
+  } catch (const Error&) {  // a device that failed may still read there
+    new std::vector<Leaving>(std::move(leaving));
   }
 }
 
@@ -236,7 +251,7 @@ std::uint64_t Tiers::pin_dram(std::uint64_t nbytes) {
     if (const auto& slabs = dram_.arena().slabs(); !slabs.empty())
       end = slabs.rbegin()->first + slabs.rbegin()->second.nbytes();
   }
-  return memory->pin(*device_, end, nbytes);
+  return memory->pin(end, nbytes);
 }
 
 void Tiers::throttle(Link link, double bytes_per_second) {
@@ -316,14 +331,19 @@ void Tiers::shut() {
   }
   changed_.notify_all();
   engine_.stop();
-  std::shared_ptr<Segments> segments;  // go without the lock: they are Python's
-  Lock lock(mutex_);
-  settle_ended();
-  segments = std::move(segments_);
-  hbm_memory_.reset();
-  dram_memory_.reset();
-  sources_ = {};
+  std::vector<Leaving> leaving(1);
+  std::shared_ptr<Memory> dram;  // unpinning takes long
+  {
+    Lock lock(mutex_);
+    settle_ended();
+    segments_.reset();
+    leaving[0].memory = std::move(hbm_memory_);
+    if (!engine_.device_error()) leaving[0].marks = last_uses_.all();
+    dram = std::move(dram_memory_);
+    sources_ = {};
+  }
   changed_.notify_all();
+  let_go(std::move(leaving));
 }
 
 }  // namespace tiered_mem

@@ -246,7 +246,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   bool cancel_load(Key key);
   void settle_hints(const Key* keys, std::size_t num_keys, std::uint64_t stream);
   void drop_hint(const Hint& hint);
-  void submit(const Ticket& transfer, Priority priority);
+  void submit(const Ticket& transfer, Priority priority, Key key);
   Ticket start_load(Block& block, Priority priority, std::uint32_t rank);
   void start_demotion(const Victim& victim, Priority priority);
   void start_feeding(Key key, Priority priority, std::uint32_t rank);
@@ -265,9 +265,17 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   void release(Event& event, Compute compute);
   struct Orphan;
   void unpin_all(const Orphan& holds);
+  void hold_for_repair(const Block& block, Compute compute);
   bool hold_for(const Transfer& ticket, Compute compute, MarkPtr& held);
   void guard_slots(const std::vector<Key>& keys, Compute compute);
-  void give_back_segments();
+  void await_compute(Compute compute) noexcept;
+  // Memory that goes once nothing that was computed can still be reading it.
+  struct Leaving {
+    std::shared_ptr<Memory> memory;
+    std::vector<MarkPtr> marks;
+  };
+  std::vector<Leaving> take_idle_segments();
+  void let_go(std::vector<Leaving> leaving);
   void orphan(Event& event);
   void release_orphans();
   bool resize(Residency& residency, Memory& memory, std::uint64_t nbytes);
@@ -283,7 +291,7 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   Poll poll_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  bool closed_ = false;
+  std::atomic<bool> closed_{false};
   std::shared_ptr<Memory> hbm_memory_;
   std::shared_ptr<Segments> segments_;  // null: HBM is host memory; else the same as hbm_memory_
   std::shared_ptr<PinnedMemory> dram_memory_;

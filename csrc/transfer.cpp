@@ -168,6 +168,7 @@ bool TransferEngine::may_start(const Transfer& transfer) const {
   if (const auto& feeder = transfer.fed_by; feeder && !feeder->ended())
     if (!transfer.direct_ || !waits_on_device(*feeder)) return false;
   if (transfer.priority_ == Priority::demand) return true;
+  if (!transfer.after_marks.empty() && waits_for_compute(transfer)) return false;
   const auto& busy = num_in_flight_[static_cast<std::size_t>(transfer.link)];
   return busy[0] == 0 && busy[1] < prefetch_pace_.num_pieces;
 }

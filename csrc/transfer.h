@@ -218,10 +218,14 @@ class TransferEngine {
   struct Stages;
   bool is_asynchronous() const { return device_ != nullptr && device_->asynchronous(); }
   bool waits_on_device(const Transfer& before) const;
+  bool waits_for_compute(const Transfer& transfer) const;
   std::vector<MarkPtr> dependencies(const Transfer& transfer);
-  void pump_locked(std::unique_lock<std::mutex>& lock);
-  void tell(std::unique_lock<std::mutex>& lock, Direction direction,
-            const std::vector<Claim>& claims, std::vector<MarkPtr> after);
+  void pump_locked();
+  void tell(Direction direction, const std::vector<Claim>& claims, std::vector<MarkPtr> after);
+  void tell_in_batches(Direction direction, const std::vector<Claim>& claims,
+                       const std::vector<MarkPtr>& after);
+  void refuse(const Claim& claim, std::exception_ptr error);
+  void note_failure(std::exception_ptr error);
   void note_told(const Claim& claim, const MarkPtr& mark, double not_before);
   double turn_ends_at(Link link, std::uint64_t nbytes);
   void move_staged(const Claim& claim, Scratch& scratch, Stages& stages,
@@ -229,9 +233,11 @@ class TransferEngine {
   void await(const MarkPtr& mark);
   void pump_and_announce(std::unique_lock<std::mutex>& lock);
   void watch_arrivals();
+  bool land_refused(std::unique_lock<std::mutex>& lock);
   bool land_arrived(std::unique_lock<std::mutex>& lock);
   void check_progress(std::unique_lock<std::mutex>& lock);
-  void fail_locked(std::unique_lock<std::mutex>& lock, std::exception_ptr error, bool stuck);
+  bool failure_is_new() const { return device_error_ && !ended_all_; }
+  void end_all(std::unique_lock<std::mutex>& lock, bool stuck);
 
   Device* device_;  // null: virtual
   PrefetchPace prefetch_pace_;
@@ -260,6 +266,8 @@ class TransferEngine {
     double not_before;  // a throttled link's
   };
   std::deque<Told> told_[2];
+  std::deque<std::pair<Claim, std::exception_ptr>> refused_;
+  bool ended_all_ = false;  // after a failure of the device
   double last_arrival_[2] = {};
   std::condition_variable told_some_;
   std::function<void()> on_issued_;

@@ -32,6 +32,9 @@ class DoubleBackend(CudaBackend):
         assert _core.cuda_device_count() > 0
         self.double.start()
 
+    def _settle(self) -> None:
+        self.core.wait(self.core.mark_compute(self._stream))
+
     def _load_kernels(self) -> bool:
         return False
 

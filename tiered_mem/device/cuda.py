@@ -115,9 +115,16 @@ class CudaBackend:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         try:
-            return self._segments.add(aligned(self._empty, nbytes))
+            segment = aligned(self._empty, nbytes)
+            # Its memory may have been used by what is still queued on torch's stream; copies into
+            # it run on others.
+            self._settle()
+            return self._segments.add(segment)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(self.name, nbytes, self.memory(), error) from error
+
+    def _settle(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
 
     def _empty(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)

@@ -157,6 +157,8 @@ def _parse(place: Any) -> torch.device:
             "device_map leaves weights on disk; only experts can be kept there, in the store: give "
             "a device_map without 'disk'"
         )
+    if isinstance(place, bool) or not isinstance(place, str | int | torch.device):
+        raise ConfigError(f"{place!r} is no device: write cpu or cuda:0")
     if isinstance(place, int) and not torch.accelerator.is_available():
         raise DeviceError(f"there is no device {place}: torch sees no accelerator here; use 'cpu'")
     try:

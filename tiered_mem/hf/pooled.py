@@ -243,7 +243,7 @@ def _all_resident(
         tiered.home.late.add(top_k_index, partial(_tell, tiered, module.num_experts))
         ids, num_top_k = top_k_index.reshape(-1), top_k_index.size(-1)
         compute = _batched_window if way is Way.BATCHED else _grouped_window
-        whole = len(resident.windows) == 1 and not module._is_expert_parallel
+        whole = len(resident.windows) == 1 and not _expert_parallel(module)
         outputs: torch.Tensor | None = None
         for window, table in zip(resident.windows, resident.tables, strict=True):
             views = window_views(tiered.layout, window, tiered.home.view)
@@ -255,6 +255,12 @@ def _all_resident(
             out = torch.where(mine, out, 0.0)
             outputs = out if outputs is None else torch.where(mine, out, outputs)
         return outputs
+
+
+def _expert_parallel(module: Any) -> bool:
+    """Return whether rows may be nobody's. Before 5.23, transformers' modules don't say."""
+    here = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return bool(getattr(module, "_is_expert_parallel", here))
 
 
 def _grouped_window(
