@@ -7,6 +7,8 @@
 #   benchmarks/gpu/run.sh --dry-run           the same list in tiny sizes on the CPU
 #   More: --only STEP,STEP  --minutes N (9 with --part, else 27)  --trace FILE  --layers N  --list
 #
+# Writes seven JSON files and run.log: as many as some places carry back.
+#
 # Environment: PYTHON (python3), OUT (results, build/gpu), WORK (for the model of 60 GB; if unset, the
 # roomiest of the usual folders). The parts share the model, as long as the machine stays the same.
 #
@@ -109,8 +111,11 @@ step_transfers() { run_bench bench_transfers; }
 step_model() { run_bench big_model --make-seconds 200 "${big[@]}"; }
 step_memory() { run_bench bench_gpu_memory "${big[@]}"; }
 step_small() { run_bench bench_gpu_small "${big[@]}"; }
-step_prefill() { run_bench bench_gpu_prefill "${big[@]}" "${routes[@]}"; }
-step_decode() { run_bench bench_gpu_decode "${big[@]}" "${routes[@]}"; }
+step_prefill() { with_routes && run_bench bench_gpu_prefill "${big[@]}" "${routes[@]}"; }
+step_decode() { with_routes && run_bench bench_gpu_decode "${big[@]}" "${routes[@]}"; }
+with_routes() {
+  [ $dry = yes ] || [ -n "$trace" ] || { echo "needs routes: --trace FILE, or .whl/*.route.csv"; false; }
+}
 run_bench() {
   local script=$1; shift
   "$PYTHON" "benchmarks/gpu/$script.py" --json "$OUT/$name.json" "${bench[@]}" "$@"
