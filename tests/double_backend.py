@@ -20,7 +20,7 @@ from tiered_mem.device.cuda import CudaBackend
 
 
 class DoubleBackend(CudaBackend):
-    """A `CudaBackend` without torch.cuda and without kernels; the rest is the real one's."""
+    """A `CudaBackend` without torch.cuda; without kernels."""
 
     def __init__(self, *, calibrate: bool = False) -> None:
         self.double = Double()

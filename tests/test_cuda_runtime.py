@@ -148,3 +148,34 @@ first.tiered_mem.close()
 assert torch.equal(tokens(third, 8), right) and torch.equal(tokens(second, 8), right)
 """
     run_python(cuda_double, PREAMBLE + code, "max_delay_us=0")
+
+
+@pytest.mark.parametrize("hbm", [1.3, 0.4], ids=["all-resident", "nvme"])
+def test_ids_are_remapped_by_the_kernel(cuda_double: Path, tmp_path: Path, hbm: float) -> None:
+    # As where torch has a grouped matmul: here the CPU's, and the kernel compiled for the CPU.
+    code = f"""
+from pathlib import Path
+from host_kernels import HostKernels
+import tiered_mem.hf.device, tiered_mem.hf.pooled
+launched = []
+class Counting(HostKernels):
+    def launch(self, kernel, *arguments):
+        launched.append(kernel)
+        super().launch(kernel, *arguments)
+kernels = Counting(Path({str(tmp_path)!r}))
+tiered_mem.hf.device.Home.kernels = property(lambda home: kernels)
+tiered_mem.hf.device.may_have_kernel = lambda *_: True
+tiered_mem.hf.pooled._FEW_ROWS = 0
+ids = torch.randint(0, 500, (2, 200), generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    right = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)(ids).logits
+    runtime = Runtime(int(EXPERTS * {hbm}), 0, device=DoubleBackend())
+    model = tiered_mem.from_pretrained(
+        MODEL, runtime=runtime, dtype=torch.bfloat16, prefetch="none"
+    )
+    for _ in range(2):
+        launched.clear()
+        assert torch.equal(model(ids).logits, right)
+        assert set(launched) == {{"tiered_mem_remap_ids"}}
+"""
+    run_python(cuda_double, PREAMBLE + code, "max_delay_us=0")

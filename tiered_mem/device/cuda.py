@@ -100,6 +100,11 @@ class CudaBackend:
             return False
         return True
 
+    @property
+    def kernels(self) -> _core.CudaDevice | None:
+        """What launches csrc/kernels.cu; None where they couldn't be loaded."""
+        return self.core if self._has_kernels else None
+
     def _identity(self) -> dict[str, Any]:
         return {
             "name": self.core.name,

@@ -64,6 +64,11 @@ class Home:
         return not (self._backend.in_place and self.device.type == "cpu")
 
     @property
+    def kernels(self) -> Any:
+        """What launches the kernels of csrc/kernels.cu; None where there are none."""
+        return getattr(self._backend, "kernels", None)
+
+    @property
     def keeps_memory(self) -> bool:
         """Whether views of slots may be kept: HBM is a mapping that stays."""
         return self._backend.in_place

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.integrations.moe import _batched_linear, _grouped_linear
 
+from tiered_mem.device.kernels import MAX_SLOTS, remap_ids
 from tiered_mem.hf.pool import Views
 
 # NVIDIA GPUs, by the first figure of their compute capability, for which torch 2.9 to 2.13 has no
@@ -46,15 +47,28 @@ class Rows(NamedTuple):
     order: torch.Tensor  # int64 [rows]; those that no group computes come last
     groups: torch.Tensor  # of each, ascending; the number of groups for none
     ends: torch.Tensor  # int32 [groups], of each group in that order
+    inverse: torch.Tensor | None = None  # of `order`, where it is known
+
+    def places(self) -> torch.Tensor:
+        """Return where each row has come to stand, int64 [rows]."""
+        if self.inverse is not None:
+            return self.inverse
+        places = torch.empty_like(self.order)
+        places[self.order] = torch.arange(len(places), device=places.device)
+        return places
 
 
-def sort_rows(ids: torch.Tensor, table: torch.Tensor, num_groups: int) -> Rows:
-    """Sort rows by group on their device.
+def sort_rows(ids: torch.Tensor, table: torch.Tensor, num_groups: int, kernels: Any = None) -> Rows:
+    """Sort rows by group on their device: by one launch of `kernels`, if the backend has them.
 
     Args:
         ids: expert of each row, int64 [rows]; from `len(table) - 1` up they are nobody's.
         table: group of each expert and, last, of nobody, int32; `num_groups` for none.
     """
+    if kernels is not None and num_groups <= MAX_SLOTS and ids.dtype == torch.int64:
+        found = remap_ids(kernels, ids, table, num_slots=num_groups)
+        groups = torch.where(found.slots < 0, num_groups, found.slots)
+        return Rows(found.order, groups, found.offs, found.inverse)
     groups, order = torch.sort(table[ids.clamp(max=len(table) - 1)], stable=True)
     numbers = torch.arange(num_groups, dtype=torch.int32, device=ids.device)
     return Rows(order, groups, torch.searchsorted(groups, numbers, right=True, out_int32=True))

@@ -8,7 +8,7 @@ on in the batches in which they become ready, while the next ones are on their w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +189,8 @@ class _Event:
         table[ids] = group_of
         device = self._hidden.device
         if len(self._host_rows) > _FEW_ROWS:
-            return grouped.sort_rows(self._rows, to_device(table, device), num_groups)
+            kernels = self._tiered.home.kernels
+            return grouped.sort_rows(self._rows, to_device(table, device), num_groups, kernels)
         groups = table[np.minimum(self._host_rows, len(table) - 1)].astype(np.int64)
         order = np.argsort(groups, kind="stable")
         ends = np.searchsorted(groups[order], np.arange(num_groups), side="right")
@@ -242,7 +243,9 @@ def _all_resident(
             resident = tiered.resident = Resident(slots, groups, hidden_states.device)
         tiered.home.late.add(top_k_index, partial(_tell, tiered, module.num_experts))
         ids, num_top_k = top_k_index.reshape(-1), top_k_index.size(-1)
-        compute = _batched_window if way is Way.BATCHED else _grouped_window
+        sort = partial(grouped.sort_rows, kernels=tiered.home.kernels)
+        grouped_window = partial(_grouped_window, sort)
+        compute = _batched_window if way is Way.BATCHED else grouped_window
         whole = len(resident.windows) == 1 and not _expert_parallel(module)
         outputs: torch.Tensor | None = None
         for window, table in zip(resident.windows, resident.tables, strict=True):
@@ -264,6 +267,7 @@ def _expert_parallel(module: Any) -> bool:
 
 
 def _grouped_window(
+    sort: Callable[..., Rows],
     module: Any,
     views: Views,
     hidden_states: torch.Tensor,
@@ -273,12 +277,11 @@ def _grouped_window(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return outputs [rows, hidden] and the group of each row; those without one aren't set."""
     num_slots = len(next(iter(views.values())))
-    rows = grouped.sort_rows(ids, table, num_slots)
+    rows = sort(ids, table, num_slots)
     of_row = rows.groups.clamp(max=num_slots - 1) if module.has_bias else rows.groups
     inputs = hidden_states[rows.order // num_top_k]
     out = grouped.by_groups(module, views, inputs, of_row, rows.ends)
-    place = torch.empty_like(rows.order)
-    place[rows.order] = torch.arange(len(place), device=place.device)
+    place = rows.places()
     return out[place], rows.groups[place]
 
 
