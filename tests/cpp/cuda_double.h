@@ -17,6 +17,10 @@
 
 using blocks::check;
 
+// The double has thread-local variables, as any loaded library may. A dead thread's are freed by
+// whichever thread next gives its stack back, in an order that ThreadSanitizer can't see.
+extern "C" const char* __tsan_default_suppressions() { return "race:_dl_deallocate_tls"; }
+
 /// What the environment's TIERED_MEM_CUDA_DRIVER names.
 class Double {
  public:
