@@ -23,8 +23,8 @@ demo: build  ## run the trained model with a quarter of its experts in memory
 	$(VENV_PYTHON) -m tiered_mem run benchmarks/models/tiny-moe --hbm 25% --dram 25% --check \
 	  --prompt 'And it came to pass, that the king' --max-new-tokens 120 --temperature 0.7 --seed 2
 
-test: lint  ## check the style and types, then run the tests
-	@$(VENV_PYTHON) -m pytest
+test: lint  ## check the style and types, then run the tests (two at a time)
+	@$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: build  ## ruff, mypy and clang-format
 	@$(VENV_PYTHON) -m ruff check .
