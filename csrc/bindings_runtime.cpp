@@ -220,6 +220,23 @@ void bind_runtime(py::module_& m) {
           py::arg("keys"), py::arg("extents"))
       .def("add_virtual_blocks", &add_virtual_blocks, py::arg("keys"), py::arg("nbytes"))
       .def("remove_space", &Tiers::remove_space, py::arg("space"), Released())
+      .def(
+          "remove_blocks",
+          [](Tiers& tiers, const KeyArray& keys) {
+            const std::vector<Key> names = to_vector(keys);
+            NoGil release;
+            tiers.remove_blocks(names);
+          },
+          py::arg("keys"))
+      .def(
+          "create",
+          [](Tiers& tiers, const KeyArray& keys, uint64_t stream, Compute compute) {
+            const Key* data = keys.data();
+            const auto num_keys = static_cast<size_t>(keys.size());
+            NoGil release;
+            return tiers.create(data, num_keys, stream, compute);
+          },
+          py::arg("keys"), py::arg("stream") = 0, py::arg("compute") = 0)
       .def("acquire", &acquire, py::arg("keys"), py::arg("stream") = 0, py::arg("wait") = true)
       .def("add_segment", &add_segment, py::arg("address"), py::arg("nbytes"), py::arg("owner"),
            "Memory of the device for HBM, held by `owner` until it is given back.")

@@ -45,15 +45,51 @@ std::shared_ptr<Event> Tiers::acquire(const Key* keys, std::size_t num_keys, std
     else
       left->second -= num_keys;
   }
-  event->released_ = false;
-  event->memory_ = hbm_memory_;
-  ++holders_[stream];
   ++clock_;
   ++stats_.num_events;
+  hold_event(*event);
+  return event;
+}
+
+// The event has its pins.
+void Tiers::hold_event(Event& event) {
+  event.released_ = false;
+  event.memory_ = hbm_memory_;
+  ++holders_[event.stream_];
   engine_.pump();
   changed_.notify_all();  // others may wait for what this has raised or started
   rethrow_policy_errors();
+}
+
+std::shared_ptr<Event> Tiers::create(const Key* keys, std::size_t num_keys, std::uint64_t stream,
+                                     Compute compute) {
+  auto event = std::make_shared<Event>(shared_from_this(), keys, num_keys, stream);
+  event->creates_ = true;
+  event->compute_ = compute;
+  check_distinct(event->keys_);
+  Lock held = lock();
+  check_open();
+  for (Key key : event->keys_) {
+    source_of(key);
+    if (hbm_.find(key) != nullptr)
+      throw ConfigError("block " + std::to_string(key) + " is in HBM already: remove it first");
+  }
+  begin_event(event->keys_);
+  const bool goes_ahead = queue_.empty() || holders_.count(stream) > 0;
+  if (!goes_ahead || try_acquire(*event) != Admission::ok) wait_for_room(held, *event);
+  hold_event(*event);
+  // Who fills a slot comes after what is still being copied out of it.
+  Clock::time_point next_poll{};
+  for (Slot slot : event->slots_)
+    while (still_leaves(slot)) wait_changed(held, next_poll);
+  for (Key key : event->keys_) hold_for_repair(*hbm_.find(key), compute);
   return event;
+}
+
+bool Tiers::still_leaves(Slot slot) const {
+  const auto leaving = leaving_.find(slot);
+  if (leaving == leaving_.end() || leaving->second->ended()) return false;
+  return !(device_->stream_ordered() && leaving->second->issued());
 }
 
 std::shared_ptr<Event> Tiers::acquire_resident(const Key* keys, std::size_t num_keys,
@@ -215,7 +251,7 @@ Admission Tiers::try_acquire(Event& event) {
   for (const Wanted& block : wanted)
     if (Block* copy = dram_.find(block.key)) copies.push_back(copy);
   for (Block* copy : copies) dram_.pin(*copy);
-  log(Happening::event, num_keys ? event.keys_[0] : kNoKey);
+  if (!event.creates_) log(Happening::event, num_keys ? event.keys_[0] : kNoKey);
   handle_victims(victims, Priority::demand);
 
   event.slots_.resize(num_keys);
@@ -223,10 +259,12 @@ Admission Tiers::try_acquire(Event& event) {
   for (std::size_t i = 0; i < num_keys; ++i) {
     if (present[i] != nullptr)
       join(event, i, *present[i]);
+    else if (event.creates_)
+      await_bytes(event, i, *hbm_.find(event.keys_[i]));
     else
       load(event, i, *hbm_.find(event.keys_[i]));
   }
-  event.num_pending_ = num_keys - event.ready_.size();
+  event.num_pending_ = event.creates_ ? 0 : num_keys - event.ready_.size();
   for (Block* copy : copies) dram_.unpin(*copy);
   return Admission::ok;
 }
@@ -279,6 +317,14 @@ void Tiers::load(Event& event, std::size_t position, Block& block) {
   }
   ++stats_.num_nvme_reads;
   stats_.nbytes_missed += event.tickets_[position]->nbytes;
+}
+
+// Until its bytes are there it is what a failed block is: nobody else's to use.
+void Tiers::await_bytes(Event& event, std::size_t position, Block& block) {
+  hbm_.pin(block);
+  hbm_.mark_failed(block);
+  event.slots_[position] = block.slot;
+  repairs_[block.key] = {&event, event.stream_};
 }
 
 // A waiting thread looks now and then whether it was interrupted, other threads' traffic or not.
@@ -391,7 +437,7 @@ void Event::repaired(std::uint32_t position) {
     if (block.state != State::failed) return;
     tiers_->repairs_.erase(block.key);
     tiers_->hbm_.mark_ready(block);
-    ++tiers_->stats_.num_repaired;
+    if (!creates_) ++tiers_->stats_.num_repaired;
   }
   tiers_->changed_.notify_all();
 }

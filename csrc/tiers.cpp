@@ -139,43 +139,48 @@ std::uint64_t Tiers::max_event(std::uint64_t nbytes) {
 }
 
 void Tiers::remove_space(std::uint8_t space) {
+  std::vector<Key> known;
+  {
+    const Lock held = lock();
+    hints_.forget(space);
+    sources_.each([&](Key key, const Source&) {
+      if (space_of(key) == space) known.push_back(key);
+    });
+  }
+  remove_blocks(known);
+}
+
+void Tiers::remove_blocks(const std::vector<Key>& keys) {
   Lock held = lock();
-  hints_.forget(space);
   for (Clock::time_point next_poll{};;) {
     if (closed_) return;
-    std::vector<Key> left;
     bool busy = false;
-    hbm_.each([&](Block& block) {
-      if (space_of(block.key) == space) left.push_back(block.key);
-    });
-    for (Key key : left) {
-      Block& block = *hbm_.find(key);
-      if (block.pins > 0)
-        busy = true;
-      else if (block.state == State::loading)
-        busy |= !cancel_load(key);
-      else
-        hbm_.drop(block);
-    }
-    left.clear();
-    dram_.each([&](Block& block) {
-      if (space_of(block.key) == space) left.push_back(block.key);
-    });
-    for (Key key : left) {
-      Block& block = *dram_.find(key);
-      if (block.pins > 0 || block.state == State::loading)
-        busy = true;
-      else
-        dram_.drop(block);
+    for (Key key : keys) {
+      busy |= !drop_from_hbm(key);
+      busy |= !drop_from_dram(key);
     }
     if (!busy) break;
     wait_changed(held, next_poll);
   }
-  std::vector<Key> known;
-  sources_.each([&](Key key, const Source&) {
-    if (space_of(key) == space) known.push_back(key);
-  });
-  for (Key key : known) sources_.erase(key);
+  for (Key key : keys) sources_.erase(key);
+}
+
+// False while something uses it.
+bool Tiers::drop_from_hbm(Key key) {
+  Block* block = hbm_.find(key);
+  if (block == nullptr) return true;
+  if (block->pins > 0) return false;
+  if (block->state == State::loading) return cancel_load(key);
+  hbm_.drop(*block);
+  return true;
+}
+
+bool Tiers::drop_from_dram(Key key) {
+  Block* block = dram_.find(key);
+  if (block == nullptr) return true;
+  if (block->pins > 0 || block->state == State::loading) return false;
+  dram_.drop(*block);
+  return true;
 }
 
 bool Tiers::resize(Residency& residency, Memory& memory, std::uint64_t nbytes) {

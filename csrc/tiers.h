@@ -112,8 +112,8 @@ class Event {
   /// gets the positions whose transfer failed: theirs to repair until the next call; other streams'
   /// events with these blocks wait meanwhile. Throws RuntimeClosed, ConfigError after `release`.
   std::vector<std::uint32_t> wait_any(std::vector<Failure>& failures, Compute compute = 0);
-  /// The caller has filled the slot of a failed position itself. Throws ConfigError after
-  /// `release`, std::out_of_range.
+  /// The caller has filled the slot of a failed, or created, position itself. Throws ConfigError
+  /// after `release`, std::out_of_range.
   void repaired(std::uint32_t position);
   /// Ends the pins: the slots may be filled with other blocks once `compute` has done what it was
   /// given until now. A second call does nothing.
@@ -133,6 +133,7 @@ class Event {
   std::vector<std::uint32_t> ready_;
   std::size_t num_pending_ = 0;
   bool released_ = true;  // until it holds pins
+  bool creates_ = false;  // its blocks come from the caller, not from the store
 };
 
 class Tiers : public std::enable_shared_from_this<Tiers> {
@@ -155,6 +156,9 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   void add_segment(std::shared_ptr<Memory> segment);
   /// Forgets all blocks of a model, waiting for its transfers and events.
   void remove_space(std::uint8_t space);
+  /// Forgets these blocks, of whom no event or hint may come, waiting for those there are. What
+  /// isn't known is left out.
+  void remove_blocks(const std::vector<Key>& keys);
 
   /// Pins all keys of an event (distinct, known) and starts what is missing. Waits while other
   /// events' pins are in the way, or, if `wait` is false, returns nullptr. Throws EventTooLarge
@@ -165,6 +169,12 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   /// those that wait: they may be waiting for it.
   std::shared_ptr<Event> acquire(const Key* keys, std::size_t num_keys, std::uint64_t stream,
                                  bool wait);
+
+  /// Gives blocks that are in HBM for the first time slots that the caller fills, on `compute`:
+  /// `Event::repaired` says of which. They are pinned, and dropped at `release` if they weren't
+  /// filled. Waits as `acquire` does. Throws what that throws, ConfigError if a block is in HBM.
+  std::shared_ptr<Event> create(const Key* keys, std::size_t num_keys, std::uint64_t stream,
+                                Compute compute);
 
   /// Pins the blocks if all of them are in HBM and ready; else returns nullptr. Counts nothing and
   /// tells no policy: that is for `note_uses`, when it is known which of them were used.
@@ -233,6 +243,9 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   bool can_join(const Block& block);
   void join(Event& event, std::size_t position, Block& block);
   void load(Event& event, std::size_t position, Block& block);
+  void await_bytes(Event& event, std::size_t position, Block& block);
+  bool still_leaves(Slot slot) const;
+  void hold_event(Event& event);
   void begin_event(const std::vector<Key>& keys);
   void abandon_repairs(const Event* event);
   bool others_repair(const Event& event, Key key) const;
@@ -244,6 +257,8 @@ class Tiers : public std::enable_shared_from_this<Tiers> {
   void count_stall(double since);
   bool cancel_guesses(const Event& event);
   bool cancel_load(Key key);
+  bool drop_from_hbm(Key key);
+  bool drop_from_dram(Key key);
   void settle_hints(const Key* keys, std::size_t num_keys, std::uint64_t stream);
   void drop_hint(const Hint& hint);
   void submit(const Ticket& transfer, Priority priority, Key key);

@@ -292,6 +292,14 @@ class Tiers:
         """Tell of blocks that lie nowhere, for virtual links. Raises `ConfigError`."""
     def remove_space(self, space: int) -> None:
         """Forget a model's blocks, waiting for its transfers and events."""
+    def remove_blocks(self, keys: npt.ArrayLike) -> None:
+        """Forget these blocks, waiting for their transfers and events. No more may come."""
+    def create(self, keys: npt.ArrayLike, stream: int = 0, compute: int = 0) -> Event:
+        """Pin slots for blocks that aren't in HBM, for the caller to fill.
+
+        `Event.repaired` says which are. Those that aren't filled are dropped at the event's release. Raises as `acquire` does, and
+        `ConfigError` if a block is in HBM.
+        """
     @overload
     def acquire(
         self, keys: npt.ArrayLike, stream: int = 0, wait: Literal[True] = True

@@ -71,7 +71,9 @@ class Environment:
     _shared: ClassVar[dict[tuple[int, int], Environment]] = {}
     _shared_lock = threading.RLock()
 
-    def __init__(self, directory: Path, *, map_nbytes: int, writable: bool) -> None:
+    def __init__(
+        self, directory: Path, *, map_nbytes: int, writable: bool, durable: bool = True
+    ) -> None:
         self.directory = directory
         self.data_path = directory / _DATA
         self._users = 0
@@ -86,6 +88,7 @@ class Environment:
                 mode=0o600,
                 max_dbs=3,
                 max_readers=_MAX_READERS,
+                sync=durable,
                 readahead=False,  # only the catalogue is read through the map
             )
         try:
@@ -119,14 +122,14 @@ class Environment:
             return cls._shared[identity]
 
     @classmethod
-    def create(cls, directory: Path, capacity: int | None) -> Environment:
+    def create(cls, directory: Path, capacity: int | None, *, durable: bool = True) -> Environment:
         """Return the environment of a store to write, made if need be. Hold its `WriterLock`."""
         with cls._shared_lock:
             if _identity(directory) in cls._shared:
                 raise StoreBusyError(f"{directory} is open in this process already: close it first")
             with named_errors(directory):
                 map_nbytes = _map_nbytes(directory, capacity)
-            environment = cls(directory, map_nbytes=map_nbytes, writable=True)
+            environment = cls(directory, map_nbytes=map_nbytes, writable=True, durable=durable)
             return environment._share()
 
     def _share(self) -> Environment:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -20,6 +21,7 @@ from tiered_mem.device import Backend, DeviceLike, backend_for
 from tiered_mem.device.hbm import Hbm
 from tiered_mem.device.pinning import Pinning
 from tiered_mem.errors import BudgetError, ConfigError, TieredMemError
+from tiered_mem.kv_space import KvSpace
 from tiered_mem.memory_watch import MemoryWatch
 from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
 from tiered_mem.space import Repair, Space
@@ -28,6 +30,7 @@ from tiered_mem.store import Store
 
 logger = logging.getLogger(__name__)
 
+_AnySpace = TypeVar("_AnySpace", Space, KvSpace)
 _MAX_SPACES = 256
 _LEAST_SHARE = 16  # of the HBM it started with, a runtime keeps one part in so many
 
@@ -87,7 +90,7 @@ class Runtime:
         self._budgets = self._budgets_at_start = budgets
         # Re-entrant: the garbage collector may close a model in the middle of anything.
         self._lock = threading.RLock()
-        self._spaces: dict[int, Space] = {}
+        self._spaces: dict[int, Space | KvSpace] = {}
         self._tiers = _make_tiers(budgets, self.eviction, num_io_threads, backend)
         self._hbm = None if backend.in_place else Hbm(backend, self._tiers)
         self._watch = MemoryWatch(self) if budgets.auto_hbm or budgets.auto_dram else None
@@ -108,11 +111,28 @@ class Runtime:
         The store stays open as long as the space is. Raises `BudgetError` if the device has too
         little memory left for HBM, or if HBM can't hold one of the blocks.
         """
+        return self._attach(lambda number: Space(self, number, store, repair))
+
+    def attach_kv(self, store: Store, sizes: Sequence[int]) -> KvSpace:
+        """Put a model's KV blocks on the runtime: none yet. `sizes` are bytes of a block, by layer.
+
+        `store` is open for writing, and stays so as long as the space is open. Raises as `attach`.
+        """
+        space = self._attach(lambda number: KvSpace(self, number, store, sizes))
+        if self._tiers.max_event(space.largest_slot) < 1:
+            space.close()
+            raise BudgetError(
+                f"hbm is {format_size(self.budgets.hbm)}, but a block has "
+                f"{format_size(space.largest_slot)} ({space.largest_slot} bytes); give more"
+            )
+        return space
+
+    def _attach(self, make: Callable[[int], _AnySpace]) -> _AnySpace:
         with self._lock:
             number = next((n for n in range(_MAX_SPACES) if n not in self._spaces), None)
             if number is None:
                 raise ConfigError(f"a runtime holds at most {_MAX_SPACES} models; close one first")
-            space = Space(self, number, store, repair)
+            space = make(number)
             self._spaces[number] = space
             try:
                 self._provide_hbm(space.largest_slot)

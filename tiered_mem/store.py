@@ -67,12 +67,15 @@ class Store:
         *,
         mode: Literal["r", "w"] = "r",
         capacity: int | None = None,
+        durable: bool = True,
     ) -> Store:
         """Open the store in directory `path`; mode "w" creates it if there is none.
 
         Any number of processes may read a store while one writes it. `capacity` limits the bytes of
         its file (default: what the disk has free). Within a process, open for writing first:
-        a store that is open for reading can't be opened for writing as well.
+        a store that is open for reading can't be opened for writing as well. One that isn't
+        `durable` doesn't wait for the disk: for what is of no use after this process, such as the
+        blocks of a running model.
 
         Raises `StoreMissingError`, `StoreError` (truncated, not ours), `StoreMismatchError`
         (another version), `StoreBusyError` (another writer), `StoreReadOnlyError`,
@@ -87,7 +90,7 @@ class Store:
             return cls(Environment.open(directory), None)
         writer_lock = WriterLock(directory)
         try:
-            return cls(Environment.create(directory, capacity), writer_lock)
+            return cls(Environment.create(directory, capacity, durable=durable), writer_lock)
         except BaseException:
             writer_lock.release()
             raise

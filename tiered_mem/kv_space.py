@@ -1,0 +1,214 @@
+"""KV blocks on a runtime: made while a model runs, shared by sequences, gone with the last."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tiered_mem import _core
+from tiered_mem.catalogue import ALIGNMENT, allocate, round_up
+from tiered_mem.errors import ChecksumError, ConfigError, RuntimeClosedError
+from tiered_mem.keys import BlockKey, KeyArray, Kind
+from tiered_mem.reading import GIVEN_BACK, Reading
+from tiered_mem.store import Store
+
+if TYPE_CHECKING:
+    from tiered_mem.runtime import Runtime
+
+_MAX_INDEX = (1 << 32) - 1
+Bytes = npt.NDArray[np.uint8]
+
+
+class KvSpace:
+    """The KV blocks of one model's caches on a runtime. Made by `Runtime.attach_kv`.
+
+    A block is written to the store once, when it is created, so leaving HBM costs nothing. Blocks
+    are counted references: several sequences may share one. Safe to share between threads.
+    """
+
+    def __init__(self, runtime: Runtime, number: int, store: Store, sizes: Sequence[int]) -> None:
+        """`sizes`: bytes of a block by layer; 0 for a layer without blocks."""
+        if len(sizes) > 1 << 16:
+            raise ConfigError(f"{len(sizes)} layers: a key has room for {1 << 16}")
+        self.runtime = runtime
+        self.tiers = runtime._tiers
+        self.backend = runtime.backend
+        self.store = store
+        self.largest_slot = round_up(max(sizes, default=0), ALIGNMENT)
+        self._number = number
+        self._sizes = list(sizes)
+        self._next = [0] * len(sizes)
+        self._users: Counter[int] = Counter()  # by packed key
+        self._abandoned: deque[list[int]] = deque()
+        self._lock = threading.RLock()
+        self._writing = threading.Lock()
+        self._closed = False
+        self._tensor: Any = None
+
+    @property
+    def closed(self) -> bool:
+        return self._closed or self.runtime.closed
+
+    @property
+    def given_back(self) -> bool:
+        return self._closed
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that a sequence has."""
+        return len(self._users)
+
+    def block_nbytes(self, layer: int) -> int:
+        return self._sizes[layer]
+
+    def create(self, layer: int, blocks: Sequence[Any]) -> list[int]:
+        """Keep new blocks of a layer; return their indices, each with one user.
+
+        `blocks` are uint8 tensors [block_nbytes] on the runtime's device. They are in the store
+        and, as far as they fit, in HBM when this returns.
+
+        Raises `StoreFullError`, `StoreError` (then none of them is kept), `RuntimeClosedError`.
+        """
+        if self.closed:
+            raise RuntimeClosedError(GIVEN_BACK)
+        self._drop_abandoned()
+        nbytes = self._sizes[layer]
+        with self._lock:
+            first = self._next[layer]
+            if first + len(blocks) > _MAX_INDEX:
+                raise ConfigError(f"layer {layer} has had {first} blocks: make a new cache")
+            self._next[layer] += len(blocks)
+        indices = list(range(first, first + len(blocks)))
+        host = [self._to_host(block, nbytes) for block in blocks]
+        self._write(layer, indices, host)
+        with self._lock:
+            self._users.update(self._pack(layer, indices).tolist())
+        self._admit(layer, indices, blocks)
+        return indices
+
+    def share(self, layer: int, indices: Iterable[int]) -> None:
+        """Count one more user of each (a block may be named several times)."""
+        with self._lock:
+            self._users.update(self._pack(layer, list(indices)).tolist())
+
+    def release(self, layer: int, indices: Sequence[int]) -> None:
+        """Count one user less of each; a block without users is forgotten and leaves the store.
+
+        No event of this thread may hold one of them.
+        """
+        if self.closed or not indices:
+            return
+        gone = []
+        with self._lock:
+            for key in self._pack(layer, indices).tolist():
+                self._users[key] -= 1
+                if self._users[key] == 0:
+                    del self._users[key]
+                    gone.append(key)
+        self._forget(gone)
+
+    def abandon(self, layer: int, indices: Sequence[int]) -> None:
+        """Release at the next `create`: for where nothing may wait, such as a finalizer."""
+        self._abandoned.append([layer, *indices])
+
+    def begin(self, layer: int, indices: Sequence[int]) -> Reading:
+        """Start an event: blocks `indices` (distinct) of `layer`. Raises as `Space.begin` does."""
+        if self._closed:
+            raise RuntimeClosedError(GIVEN_BACK)
+        keys = self._pack(layer, indices)
+        return Reading(self, keys, self._sizes[layer], threading.get_ident())
+
+    def hint(self, layer: int, indices: Sequence[int]) -> None:
+        """Say that the next event of `layer` in this thread reads these blocks."""
+        if len(indices) and not self.closed:
+            self.tiers.hint(self._pack(layer, indices), threading.get_ident(), True)
+
+    def view(self, slot: int, nbytes: int) -> Any:
+        """Return the bytes of a slot as a tensor on the device: uint8, [nbytes], not a copy."""
+        if not self.backend.in_place:
+            return self.backend.view(slot, nbytes)
+        if self._tensor is None:
+            if self._closed:
+                raise RuntimeClosedError(GIVEN_BACK)
+            memory = np.frombuffer(memoryview(self.tiers.hbm_memory()), np.uint8)
+            self._tensor = self.backend.wrap(memory)
+        return self._tensor[slot : slot + nbytes]
+
+    def mend(self, key: BlockKey, slot: int, error: ChecksumError) -> None:
+        raise ChecksumError(
+            f"{key._replace(space=0)}: {error}; what it was computed from is in the prompt: "
+            "generate again with a new cache"
+        ) from error
+
+    def close(self) -> None:
+        """Forget all blocks, once events and transfers have ended. The store is the caller's."""
+        if self._closed:
+            return
+        self._closed = True
+        self.tiers.remove_space(self._number)
+        self._tensor = None
+        with self.runtime._lock:
+            self.runtime._spaces.pop(self._number, None)
+
+    def _pack(self, layer: int, indices: Sequence[int]) -> KeyArray:
+        base = np.uint64(BlockKey(Kind.KV, layer, 0, self._number).pack())
+        return np.array(indices, np.uint64) | base
+
+    def _to_host(self, block: Any, nbytes: int) -> Bytes:
+        if block.numel() != nbytes or block.element_size() != 1:
+            raise ConfigError(f"a block of this layer has {nbytes} bytes, not {block.numel()}")
+        host = allocate(nbytes)
+        self._as_tensor(host).copy_(block)
+        return host
+
+    def _as_tensor(self, array: Bytes) -> Any:
+        from tiered_mem.device.host import HOST
+
+        return HOST.wrap(array.view(np.ndarray))
+
+    def _write(self, layer: int, indices: Sequence[int], blocks: Sequence[Bytes]) -> None:
+        keys = [BlockKey(Kind.KV, layer, index) for index in indices]
+        # A place is good for as long as its block isn't rewritten or deleted. Neither happens
+        # before `_forget`, when nobody reads it any more, so no snapshot is kept.
+        with self._writing:
+            with self.store.transaction() as txn:
+                for key, block in zip(keys, blocks, strict=True):
+                    txn.put(key, block)
+            with self.store.snapshot() as snapshot:
+                extents: list[_core.Extent] = snapshot.extents(keys)
+        self.tiers.add_blocks(self._pack(layer, indices), extents)
+
+    def _admit(self, layer: int, indices: Sequence[int], blocks: Sequence[Any]) -> None:
+        """Put as many of the blocks into HBM as an event can hold there, the latest ones."""
+        nbytes = self._sizes[layer]
+        most = int(self.tiers.max_event(nbytes))
+        keys = self._pack(layer, indices[-most:] if most else [])
+        if len(keys) == 0:
+            return
+        event = self.tiers.create(keys, threading.get_ident(), self.backend.compute())
+        try:
+            for position, (slot, block) in enumerate(
+                zip(event.slots, blocks[-len(keys) :], strict=True)
+            ):
+                self.view(slot, nbytes).copy_(block)
+                event.repaired(position)
+        finally:
+            event.release(self.backend.compute())
+
+    def _forget(self, keys: list[int]) -> None:
+        if not keys:
+            return
+        self.tiers.remove_blocks(np.array(keys, np.uint64))
+        with self._writing, self.store.transaction() as txn:
+            for key in keys:
+                txn.delete(BlockKey.unpack(key)._replace(space=0))
+
+    def _drop_abandoned(self) -> None:
+        while self._abandoned:
+            layer, *indices = self._abandoned.popleft()
+            self.release(layer, indices)
