@@ -40,7 +40,10 @@ def space(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KvSpace]:
         Store.open(tmp_path, mode="w", durable=False) as store,
         Runtime(4 * NBYTES, request.param, eviction="lru") as runtime,
     ):
-        yield runtime.attach_kv(store, [NBYTES, 4096])
+        space = runtime.attach_kv(store)
+        space.add_layer(0, NBYTES)
+        space.add_layer(1, 4096)
+        yield space
 
 
 def test_blocks_come_back_from_every_tier(space: KvSpace) -> None:
@@ -91,9 +94,13 @@ def test_bad_input(space: KvSpace, tmp_path: Path) -> None:
     assert space.num_blocks == 0
     with (
         Runtime(4096, eviction="lru") as runtime,
-        pytest.raises(BudgetError, match=r"hbm is 4\.0 KiB, but a block has 8\.0 KiB"),
+        pytest.raises(BudgetError, match=r"hbm is 4\.0 KiB, but a block of layer 3 has 8\.0 KiB"),
     ):
-        runtime.attach_kv(space.store, [NBYTES])
+        runtime.attach_kv(space.store).add_layer(3, NBYTES)
+    with pytest.raises(ConfigError, match="8192 bytes, not 5"):
+        space.add_layer(0, 5)
+    with pytest.raises(ConfigError, match="65536"):
+        space.add_layer(1 << 16, NBYTES)
     space.close()
     with pytest.raises(RuntimeClosedError):
         space.create(0, [block(0)])
@@ -106,7 +113,8 @@ def test_a_full_store_keeps_what_it_has(tmp_path: Path) -> None:
         Store.open(tmp_path, mode="w", capacity=1 << 20, durable=False) as store,
         Runtime(4 * NBYTES, eviction="lru") as runtime,
     ):
-        space = runtime.attach_kv(store, [NBYTES])
+        space = runtime.attach_kv(store)
+        space.add_layer(0, NBYTES)
         kept: list[int] = []
         with pytest.raises(StoreFullError):
             for i in range(200):
@@ -153,7 +161,8 @@ def test_it_is_a_dictionary_with_counts(
         Store.open(tmp_path_factory.mktemp("kv"), mode="w", durable=False) as store,
         Runtime(2 * NBYTES, 2 * NBYTES, eviction="lru") as runtime,
     ):
-        space = runtime.attach_kv(store, [NBYTES])
+        space = runtime.attach_kv(store)
+        space.add_layer(0, NBYTES)
         model: dict[int, tuple[int, int]] = {}  # index -> (seed, users)
         for action, number in steps:
             if action == "make":

@@ -297,8 +297,8 @@ class Tiers:
     def create(self, keys: npt.ArrayLike, stream: int = 0, compute: int = 0) -> Event:
         """Pin slots for blocks that aren't in HBM, for the caller to fill.
 
-        `Event.repaired` says which are. Those that aren't filled are dropped at the event's release. Raises as `acquire` does, and
-        `ConfigError` if a block is in HBM.
+        `Event.repaired` says which are. Those that aren't filled are dropped at the event's
+        release. Raises as `acquire` does, and `ConfigError` if a block is in HBM.
         """
     @overload
     def acquire(

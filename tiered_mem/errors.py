@@ -24,6 +24,10 @@ class UnsupportedModelError(TieredMemError):
     """A model that tiered-mem can't wrap. Names the model type and what to use instead."""
 
 
+class NoExpertsError(UnsupportedModelError):
+    """A dense model where a Mixture of Experts was needed."""
+
+
 class CheckpointError(TieredMemError):
     """A checkpoint that is missing, truncated, incomplete or not of the expected shapes."""
 

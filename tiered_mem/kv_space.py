@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from tiered_mem import _core
 from tiered_mem.catalogue import ALIGNMENT, allocate, round_up
-from tiered_mem.errors import ChecksumError, ConfigError, RuntimeClosedError
+from tiered_mem.config import format_size
+from tiered_mem.errors import BudgetError, ChecksumError, ConfigError, RuntimeClosedError
 from tiered_mem.keys import BlockKey, KeyArray, Kind
 from tiered_mem.reading import GIVEN_BACK, Reading
 from tiered_mem.store import Store
@@ -31,18 +32,15 @@ class KvSpace:
     are counted references: several sequences may share one. Safe to share between threads.
     """
 
-    def __init__(self, runtime: Runtime, number: int, store: Store, sizes: Sequence[int]) -> None:
-        """`sizes`: bytes of a block by layer; 0 for a layer without blocks."""
-        if len(sizes) > 1 << 16:
-            raise ConfigError(f"{len(sizes)} layers: a key has room for {1 << 16}")
+    def __init__(self, runtime: Runtime, number: int, store: Store) -> None:
         self.runtime = runtime
         self.tiers = runtime._tiers
         self.backend = runtime.backend
         self.store = store
-        self.largest_slot = round_up(max(sizes, default=0), ALIGNMENT)
+        self.largest_slot = 0
         self._number = number
-        self._sizes = list(sizes)
-        self._next = [0] * len(sizes)
+        self._sizes: dict[int, int] = {}
+        self._next: Counter[int] = Counter()
         self._users: Counter[int] = Counter()  # by packed key
         self._abandoned: deque[list[int]] = deque()
         self._lock = threading.RLock()
@@ -62,6 +60,26 @@ class KvSpace:
     def num_blocks(self) -> int:
         """Blocks that a sequence has."""
         return len(self._users)
+
+    def add_layer(self, layer: int, nbytes: int) -> None:
+        """Say how many bytes a block of a layer has. Saying it again is fine.
+
+        Raises `ConfigError` if they were others, `BudgetError` if HBM can't hold a block.
+        """
+        if not 0 <= layer < 1 << 16:
+            raise ConfigError(f"layer {layer}: keys have room for {1 << 16} layers")
+        with self.runtime._lock:
+            known = self._sizes.setdefault(layer, nbytes)
+            if known != nbytes:
+                raise ConfigError(f"blocks of layer {layer} have {known} bytes, not {nbytes}")
+            self.largest_slot = max(self.largest_slot, round_up(nbytes, ALIGNMENT))
+            self.runtime._provide_hbm(self.largest_slot)
+        if self.tiers.max_event(nbytes) < 1:
+            raise BudgetError(
+                f"hbm is {format_size(self.runtime.budgets.hbm)}, but a block of layer {layer} has "
+                f"{format_size(nbytes)} ({nbytes} bytes): give a larger budget, or make blocks of "
+                "fewer tokens"
+            )
 
     def block_nbytes(self, layer: int) -> int:
         return self._sizes[layer]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
@@ -113,19 +113,12 @@ class Runtime:
         """
         return self._attach(lambda number: Space(self, number, store, repair))
 
-    def attach_kv(self, store: Store, sizes: Sequence[int]) -> KvSpace:
-        """Put a model's KV blocks on the runtime: none yet. `sizes` are bytes of a block, by layer.
+    def attach_kv(self, store: Store) -> KvSpace:
+        """Make room for a model's KV blocks; there are none yet.
 
         `store` is open for writing, and stays so as long as the space is open. Raises as `attach`.
         """
-        space = self._attach(lambda number: KvSpace(self, number, store, sizes))
-        if self._tiers.max_event(space.largest_slot) < 1:
-            space.close()
-            raise BudgetError(
-                f"hbm is {format_size(self.budgets.hbm)}, but a block has "
-                f"{format_size(space.largest_slot)} ({space.largest_slot} bytes); give more"
-            )
-        return space
+        return self._attach(lambda number: KvSpace(self, number, store))
 
     def _attach(self, make: Callable[[int], _AnySpace]) -> _AnySpace:
         with self._lock:

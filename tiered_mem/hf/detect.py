@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-from tiered_mem.errors import UnsupportedModelError
+from tiered_mem.errors import NoExpertsError, UnsupportedModelError
 from tiered_mem.hf.layout import per_expert_tensors
 
 # What the class names of mixture-of-experts parts end in.
@@ -78,9 +78,10 @@ def require_experts(model: PreTrainedModel) -> list[ExpertsModule]:
                 "interface, so its experts can't be moved one by one; load it with plain "
                 "from_pretrained, or with accelerate's device_map to offload whole layers"
             )
-        raise UnsupportedModelError(
+        raise NoExpertsError(
             f"{kind} is not a mixture of experts: there are no experts to offload; load it with "
-            "plain from_pretrained, or with accelerate's device_map to offload whole layers"
+            "plain from_pretrained, with kv=... to tier its keys and values, or with accelerate's "
+            "device_map to offload whole layers"
         )
     for name, module, _ in experts:
         if experts_interface(module) is not ALL_EXPERTS_FUNCTIONS:

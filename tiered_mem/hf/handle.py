@@ -13,12 +13,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tiered_mem.config import Budgets, format_size, memory_to_spare
-from tiered_mem.errors import BudgetError, ChecksumError, RuntimeClosedError, TieredMemError
+from tiered_mem.errors import (
+    BudgetError,
+    ChecksumError,
+    ConfigError,
+    RuntimeClosedError,
+    TieredMemError,
+)
 from tiered_mem.hf.checkpoint import Checkpoint
 from tiered_mem.hf.detect import find_experts
 from tiered_mem.hf.device import Home, refuse_moves
 from tiered_mem.hf.experts import TieredExperts
 from tiered_mem.hf.hollow import Origin
+from tiered_mem.hf.kv import KvPool
+from tiered_mem.hf.kv_cache import TieredCache
 from tiered_mem.hf.layout import ExpertLayout
 from tiered_mem.hf.low_vram import RoomMaker
 from tiered_mem.hf.overrides import Overrides, refuse_copies
@@ -60,6 +68,7 @@ class TieredModel:
         predictor = make_predictor(prefetch)
         self.prefetch = predictor.name
         self._owns_runtime = owns_runtime
+        self.kv: KvPool | None = None
         self._checkpoint = checkpoint
         self._stock_implementation = stock_implementation
         self._baseline = self.runtime.stats()
@@ -95,6 +104,12 @@ class TieredModel:
     @property
     def budgets(self) -> Budgets:
         return self.runtime.budgets
+
+    def cache(self) -> TieredCache:
+        """Return an empty cache on tiered KV. Raises `ConfigError` if the model has none."""
+        if self.kv is None:
+            raise ConfigError("this model's KV isn't tiered: load it with kv=..., or use tier_kv")
+        return self.kv.cache()
 
     def stats(self) -> Stats:
         """Return the runtime's counts since the model was wrapped, or since `reset_stats`.
@@ -142,6 +157,8 @@ class TieredModel:
 
         Calls under way in other threads end with `RuntimeClosedError`. Closing twice is fine.
         """
+        if self.kv is not None:
+            self.kv.close()
         self.hooks.close()
         for _, module, _ in self._experts:
             module.__dict__.pop("tiered", None)

@@ -23,6 +23,7 @@ from tiered_mem.environment import FILE_NAMES
 from tiered_mem.errors import (
     AlreadyWrappedError,
     ConfigError,
+    NoExpertsError,
     RuntimeClosedError,
     StoreBusyError,
 )
@@ -39,6 +40,7 @@ from tiered_mem.hf.device import (
 from tiered_mem.hf.experts import IMPLEMENTATIONS
 from tiered_mem.hf.handle import Progress, TieredModel, put_back
 from tiered_mem.hf.hollow import hollow_experts, hollow_model
+from tiered_mem.hf.kv import tier_kv
 from tiered_mem.hf.layout import ExpertLayout, per_expert_tensors
 from tiered_mem.hf.loading import default_model_class
 from tiered_mem.hf.pack import open_packed, pack
@@ -64,11 +66,15 @@ def from_pretrained(
     prefetch: str | Predictor = "next-gate",
     codec: str = "none",
     runtime: Runtime | None = None,
+    kv: Size | None = None,
+    kv_dram: Size | None = None,
     model_class: type[Any] | None = None,
     progress: Progress | None = None,
     **hf_kwargs: Any,
 ) -> Any:
-    """Load a Mixture-of-Experts checkpoint whose experts needn't fit in memory.
+    """Load a checkpoint whose experts, and with `kv` its keys and values, needn't fit in memory.
+
+    With `kv` it may be a dense model, too.
 
     The model is the stock one, without its expert weights; what it computes is what the unmodified
     model computes. `model.tiered_mem` is its handle (`TieredModel`).
@@ -89,6 +95,9 @@ def from_pretrained(
         prefetch: Name of the predictor, or a predictor of your own for this model.
         codec: "none" or "zstd", for blocks packed now.
         runtime: Put the model on this runtime, beside others; then it has the budgets and policy.
+        kv, kv_dram: Budgets of keys and values in HBM and in DRAM (default: none), apart from the
+            experts'; what doesn't fit goes to `nvme`. Default: transformers' own cache, all in
+            memory. See `tiered_mem.tier_kv`.
         model_class: transformers class to load with, if not the checkpoint's own.
         progress: Called with (bytes, bytes in all) while packing.
         **hf_kwargs: What `from_pretrained` of transformers takes.
@@ -100,6 +109,64 @@ def from_pretrained(
         CheckpointError: files missing, truncated or not fitting the model.
         StoreError: the store can't be used, or is another checkpoint's (`StoreMismatchError`).
     """
+    experts: dict[str, Any] = {
+        "hbm": hbm,
+        "dram": dram,
+        "eviction": eviction,
+        "prefetch": prefetch,
+        "codec": codec,
+        "runtime": runtime,
+    }
+    if kv is None and kv_dram is not None:
+        raise ConfigError("kv_dram is a second tier for what kv=... holds: give kv, too")
+    path = str(path_or_id)
+    try:
+        model = _load(path, device, nvme, model_class, progress, dict(hf_kwargs), **experts)
+    except NoExpertsError:
+        if kv is None:
+            raise
+        model = _load_dense(path, device, model_class, hf_kwargs)
+    if kv is not None:
+        try:
+            tier_kv(model, kv, dram=kv_dram or 0, nvme=nvme)
+        except BaseException:
+            if hasattr(model, "tiered_mem"):
+                model.tiered_mem.close()
+            raise
+    return model
+
+
+def _load_dense(
+    path: str,
+    device: str | torch.device | None,
+    model_class: type[Any] | None,
+    hf_kwargs: dict[str, Any],
+) -> Any:
+    """Load a model without experts, all of it in memory of its device."""
+    chosen, device_map = choose_device(device, hf_kwargs.pop("device_map", None))
+    if device_map is not None:
+        hf_kwargs["device_map"] = device_map
+    model_class = model_class or default_model_class(path, **hf_kwargs)
+    model = model_class.from_pretrained(path, **hf_kwargs)
+    return model if chosen is None or device_map is not None else model.to(chosen)
+
+
+def _load(
+    path: str,
+    device: str | torch.device | None,
+    nvme: str | Path | None,
+    model_class: type[Any] | None,
+    progress: Progress | None,
+    hf_kwargs: dict[str, Any],
+    *,
+    hbm: Size | None,
+    dram: Size | None,
+    eviction: str | type[EvictionPolicy] | None,
+    prefetch: str | Predictor,
+    codec: str,
+    runtime: Runtime | None,
+) -> Any:
+    """Load a model with its experts on a runtime: see `from_pretrained`."""
     predictor = _check_options(prefetch, eviction, codec, hbm, dram, runtime)
     stock = hf_kwargs.pop("experts_implementation", None)
     implementation = _implementation(stock)
@@ -107,7 +174,6 @@ def from_pretrained(
     if device_map is not None:
         hf_kwargs["device_map"] = device_map
     backend = None if chosen is None else _backend(chosen, runtime)
-    path = str(path_or_id)
     with ExitStack() as undo:
         checkpoint = _open_checkpoint(path, model_class, hf_kwargs)
         undo.callback(checkpoint.close)

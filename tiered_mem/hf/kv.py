@@ -1,0 +1,200 @@
+"""A model's KV memory: caches whose blocks lie in HBM, DRAM and NVMe."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tiered_mem.config import Budgets, Size
+from tiered_mem.errors import (
+    AlreadyWrappedError,
+    ConfigError,
+    RuntimeClosedError,
+    TieredMemError,
+    UnsupportedModelError,
+)
+from tiered_mem.hf import kv_attention
+from tiered_mem.hf.device import require_one_device, usable
+from tiered_mem.hf.kv_cache import BLOCK_TOKENS, TieredCache
+from tiered_mem.hf.overrides import Overrides
+from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
+from tiered_mem.runtime import Runtime
+from tiered_mem.stats import Stats
+from tiered_mem.store import Store
+
+
+class KvPool:
+    """The KV memory of a model, shared by all its caches: a runtime and a store of its own.
+
+    `generate` of the model makes a cache here unless it is given one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kv: Size,
+        *,
+        dram: Size = 0,
+        nvme: str | Path | None = None,
+        eviction: str | type[EvictionPolicy] = DEFAULT_EVICTION,
+        block_tokens: int = BLOCK_TOKENS,
+    ) -> None:
+        policy = resolve_eviction(eviction)
+        _check_model(model)
+        device = torch.device(model.device)
+        require_one_device(model, device)
+        backend = usable(device)
+        budgets = Budgets.for_backend(kv, dram, whole=0, backend=backend)
+        self.model, self.block_tokens = model, block_tokens
+        TieredCache.check(model.config, block_tokens)
+        with ExitStack() as undo:
+            directory = _scratch_directory(nvme, undo)
+            # What is in it is of no use after this process, and so needn't reach the disk in time.
+            store = Store.open(directory, mode="w", durable=False)
+            undo.callback(store.close)
+            self.runtime = Runtime.from_budgets(budgets, eviction=policy, device=backend)
+            undo.callback(self.runtime.close)
+            self.space = self.runtime.attach_kv(store)
+            undo.callback(self.space.close)
+            self._overrides = Overrides(model)
+            self._baseline = self.runtime.stats()
+            self._stock_attention = kv_attention.use_tiered_attention(model)
+            self._overrides.set("generate", _with_cache(self, model.generate))
+            self._give_back = weakref.finalize(self, _give_back, undo.pop_all(), os.getpid())
+
+    @property
+    def closed(self) -> bool:
+        return not self._give_back.alive
+
+    @property
+    def budgets(self) -> Budgets:
+        return self.runtime.budgets
+
+    def cache(self) -> TieredCache:
+        """Return a new, empty cache for `generate(past_key_values=...)` or the model's forward.
+
+        Raises `RuntimeClosedError`.
+        """
+        if self.closed:
+            raise RuntimeClosedError("this model's KV memory was given back: load the model again")
+        return TieredCache(self.space, self.model.config, self.block_tokens)
+
+    def stats(self) -> Stats:
+        """Return what was counted since the start, or `reset_stats`."""
+        return self.runtime.stats() - self._baseline
+
+    def reset_stats(self) -> None:
+        self._baseline = self.runtime.stats()
+
+    def __reduce__(self) -> Any:
+        raise TieredMemError("a model's KV memory can't be pickled or copied: close() it first")
+
+    def close(self) -> None:
+        """Give memory and store back; the model is a stock one again. Closing twice is fine."""
+        if not self.closed:
+            self._overrides.undo()
+            self.model.set_attn_implementation(self._stock_attention)
+        self._give_back()
+
+
+def tier_kv(
+    model: PreTrainedModel,
+    kv: Size,
+    *,
+    dram: Size = 0,
+    nvme: str | Path | None = None,
+    eviction: str | type[EvictionPolicy] = DEFAULT_EVICTION,
+    block_tokens: int = BLOCK_TOKENS,
+) -> PreTrainedModel:
+    """Give a model in memory, dense or a wrapped Mixture of Experts, tiered KV; return it.
+
+    Its tokens stay those of the stock cache. `model.tiered_mem.cache()` makes a cache, and
+    `generate` does where none is given.
+
+    Args:
+        kv: HBM for blocks of keys and values of all the model's caches together: bytes, "2GiB", or
+            "auto". The open block of each sequence, sliding windows and recurrent states come on
+            top, and a whole prompt while it is computed, unless `generate` gets a
+            `prefill_chunk_size`.
+        dram: A second tier, in host memory.
+        nvme: A directory on a fast disk. Blocks go into a store under it that is removed at the
+            end; None: the system's temporary directory.
+        block_tokens: Tokens of a block.
+
+    Raises:
+        ConfigError, BudgetError: options that can't be used.
+        UnsupportedModelError: a model without attention that transformers lets us replace.
+        AlreadyWrappedError: it has tiered KV already.
+    """
+    handle = getattr(model, "tiered_mem", None)
+    if isinstance(handle, KvPool) or getattr(handle, "kv", None) is not None:
+        raise AlreadyWrappedError("this model's KV is tiered already (model.tiered_mem)")
+    pool = KvPool(model, kv, dram=dram, nvme=nvme, eviction=eviction, block_tokens=block_tokens)
+    if handle is None:
+        model.tiered_mem = pool
+    else:
+        handle.kv = pool
+    return model
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    kind = f"model type {model.config.model_type!r} ({type(model).__name__})"
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{kind} is an encoder with a decoder, whose caches come in pairs: load it without kv"
+        )
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            f"{kind} doesn't let its attention be replaced (transformers' attention interface): "
+            "load it without kv"
+        )
+
+
+def _with_cache(pool: KvPool, generate: Any) -> Any:
+    """Return the model's `generate`, with a cache of the pool where no other is asked for."""
+    owner = weakref.ref(pool)
+
+    def generate_tiered(*args: Any, **kwargs: Any) -> Any:
+        own = owner()
+        if own is None:
+            return generate(*args, **kwargs)
+        config = kwargs.get("generation_config") or own.model.generation_config
+
+        def option(name: str) -> Any:
+            return kwargs.get(name, getattr(config, name, None))
+
+        given = kwargs.get("past_key_values") is not None or option("cache_implementation")
+        if given or option("use_cache") is False:
+            return generate(*args, **kwargs)
+        cache = own.cache()
+        try:
+            return generate(*args, **{**kwargs, "past_key_values": cache})
+        finally:
+            if not option("return_dict_in_generate"):  # else the caller gets the cache
+                cache.close()
+
+    return generate_tiered
+
+
+def _scratch_directory(nvme: str | Path | None, undo: ExitStack) -> Path:
+    if nvme is not None:
+        parent = Path(nvme)
+        if parent.exists() and not parent.is_dir():
+            raise ConfigError(f"{parent} is a file: give a directory for KV blocks")
+        parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix="kv-", dir=nvme)
+    undo.callback(shutil.rmtree, scratch, ignore_errors=True)
+    return Path(scratch) / "store"
+
+
+def _give_back(resources: ExitStack, process: int) -> None:
+    if os.getpid() == process:  # a forked child shares the store's files, but doesn't own them
+        resources.close()

@@ -1,0 +1,319 @@
+"""Attention over blocks of keys and values as they arrive, merged exactly.
+
+Softmax over pieces: each gives its maximum, its sum and its weighted values, and these merge in any
+order (Milakov & Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al.,
+"FlashAttention", 2022). So a context needs memory for a few blocks, not for all of it.
+
+`TieredLayer.update` returns `LazyStates` in place of all keys and values. Our attention reads their
+blocks; anything else that touches them gets them whole, so no model can be wrong by what it does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.utils._pytree import tree_map_only
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from tiered_mem.errors import UnsupportedModelError
+
+_MOST_SCORES = 1 << 23  # elements of scores at a time: 32 MiB
+_PREFIX = "tiered_"
+
+
+class Piece(NamedTuple):
+    """Tokens that lie together. Views: good until the next step of what yields them.
+
+    `keys` [rows or 1, kv_heads, tokens, key_dim] and `values` belong to `rows` of the batch (None:
+    all, in order), from token `start` on; one row of them may stand for several of the batch.
+    """
+
+    start: int
+    rows: torch.Tensor | None
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class Blocks(Protocol):
+    """All keys and values of a layer, wherever they lie."""
+
+    num_tokens: int
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return keys and values if all of them are in one place, else None."""
+
+    def batches(self) -> Iterator[list[Piece]]:
+        """Yield each token once, in pieces that became ready together."""
+
+    def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values whole: [batch, kv_heads, tokens, dim]."""
+
+    def finish(self) -> None:
+        """What `whole` returned has been used."""
+
+
+class LazyStates(torch.Tensor):
+    """Stands for all keys (or values) of a layer: [batch, kv_heads, tokens, dim], without memory.
+
+    Any operation of torch's makes them whole and goes on with an ordinary tensor.
+    """
+
+    source: Blocks
+    is_keys: bool
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, source: Blocks, like: torch.Tensor, *, is_keys: bool) -> LazyStates:
+        """`like`: a tensor of the same shape but for the number of tokens."""
+        shape = (*like.shape[:-2], source.num_tokens, like.shape[-1])
+        lazy: LazyStates = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=like.dtype, device=like.device
+        )
+        lazy.source, lazy.is_keys = source, is_keys
+        return lazy
+
+    def whole(self) -> torch.Tensor:
+        return self.source.gather()[0 if self.is_keys else 1]
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"LazyStates(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map_only(LazyStates, LazyStates.whole, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def use_tiered_attention(model: PreTrainedModel) -> str:
+    """Let a model attend over blocks; return the name of the attention that it had.
+
+    Layers whose cache isn't tiered go on with that one. Raises `UnsupportedModelError` if it is
+    neither sdpa nor eager.
+    """
+    stock = model.config._attn_implementation
+    if stock not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"the model attends by {stock!r}, whose masks blocks can't be cut from: load it with "
+            "attn_implementation='sdpa'"
+        )
+    model.set_attn_implementation(_PREFIX + stock)
+    return str(stock)
+
+
+def attention_over_sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, Any]:
+    """What `sdpa` computes, over blocks where `key` stands for them.
+
+    Shapes as transformers' attention interface has them: query [batch, heads, queries, key_dim];
+    returns [batch, queries, heads, value_dim] and None.
+    """
+    plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
+    return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, plain, kwargs)
+
+
+def attention_over_eager(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, Any]:
+    """What the model's own eager attention computes: see `attention_over_sdpa`."""
+    stock = sys.modules[type(module).__module__].eager_attention_forward
+    return _attend(stock, module, query, key, value, attention_mask, _is_plain(stock), kwargs)
+
+
+AttentionInterface.register("tiered_sdpa", attention_over_sdpa)
+AttentionInterface.register("tiered_eager", attention_over_eager)
+AttentionMaskInterface.register("tiered_sdpa", sdpa_mask)
+AttentionMaskInterface.register("tiered_eager", eager_mask)
+
+_KNOWN = {
+    *("module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap"),
+    "kwargs",
+}
+
+
+@cache
+def _is_plain(eager: Callable[..., Any]) -> bool:
+    """Whether an eager attention is the usual one, but for a soft cap and sinks."""
+    return set(inspect.signature(eager).parameters) <= _KNOWN
+
+
+def _attend(
+    stock: Callable[..., Any],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    plain: bool,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, Any]:
+    if not isinstance(key, LazyStates):
+        return stock(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+    source = key.source
+    together = source.whole()
+    if together is None and not plain:
+        together = source.gather()
+    if together is not None:
+        result: tuple[torch.Tensor, Any] = stock(module, query, *together, mask, **kwargs)
+        source.finish()
+        return result
+    scaling = kwargs.get("scaling")
+    total = _Attention(
+        query,
+        value.shape[-1],
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        _mask(module, query, source, mask, kwargs.get("is_causal")),
+        key.shape[1],
+        kwargs.get("softcap"),
+    )
+    for pieces in source.batches():
+        total.add(pieces)
+    return total.result(getattr(module, "sinks", None)), None
+
+
+def _mask(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    source: Blocks,
+    mask: torch.Tensor | None,
+    is_causal: bool | None,
+) -> torch.Tensor | None:
+    """Return the mask [batch or 1, heads or 1, queries, tokens], also where sdpa needs none."""
+    if mask is not None:
+        return mask
+    num_queries = query.shape[-2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if num_queries == 1 or not causal:
+        return None
+    tokens = torch.arange(source.num_tokens, device=query.device)
+    queries = torch.arange(num_queries, device=query.device) + source.num_tokens - num_queries
+    return (tokens <= queries[:, None])[None, None]
+
+
+class _Attention:
+    """The running softmax of all queries: maximum, sum, and weighted values, in float32.
+
+    Heads that share keys lie together with their queries: [batch, kv_heads, group * queries, ...].
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        value_dim: int,
+        scaling: float,
+        mask: torch.Tensor | None,
+        num_kv_heads: int,
+        softcap: float | None,
+    ) -> None:
+        self._dtype = query.dtype
+        self._batch, self._heads, self._queries, _ = query.shape
+        # The CPU has no faster products in smaller types; a GPU has, with float32 sums.
+        wide = torch.float32 if query.device.type == "cpu" else query.dtype
+        self._query = (query.to(wide) * scaling).reshape(
+            self._batch, num_kv_heads, -1, query.shape[-1]
+        )
+        self._mask, self._softcap = mask, softcap
+        shape = self._query.shape[:-1]
+        self._max = query.new_full((*shape, 1), -torch.inf, dtype=torch.float32)
+        self._sum = query.new_zeros((*shape, 1), dtype=torch.float32)
+        self._values = query.new_zeros((*shape, value_dim), dtype=torch.float32)
+
+    def add(self, pieces: list[Piece]) -> None:
+        by_rows: dict[tuple[int, ...] | None, list[Piece]] = {}
+        for piece in pieces:
+            rows = None if piece.rows is None else tuple(piece.rows.tolist())
+            by_rows.setdefault(rows, []).append(piece)
+        for rows, group in by_rows.items():
+            per_token = self._query[..., 0].numel()
+            run: list[Piece] = []
+            num_tokens = 0
+            for piece in group:
+                run.append(piece)
+                num_tokens += piece.keys.shape[-2]
+                if num_tokens * per_token >= _MOST_SCORES:
+                    self._add_run(rows, run)
+                    run, num_tokens = [], 0
+            if run:
+                self._add_run(rows, run)
+
+    def _add_run(self, rows: tuple[int, ...] | None, pieces: list[Piece]) -> None:
+        chosen = slice(None) if rows is None else list(rows)
+        query = self._query if rows is None else self._query[chosen]
+        sizes = [piece.keys.shape[-2] for piece in pieces]
+        scores = query.new_empty(*query.shape[:-1], sum(sizes))
+        for part, piece in zip(torch.split(scores, sizes, -1), pieces, strict=True):
+            part.copy_(_product(query, piece.keys.to(query.dtype).transpose(-1, -2)))
+        scores = self._masked(scores.float(), chosen, pieces)
+
+        best = scores.amax(-1, keepdim=True)
+        top = torch.maximum(self._max[chosen], best)
+        finite = top.masked_fill(top == -torch.inf, 0)  # of queries that saw nothing yet
+        weights = scores.sub_(finite).exp_()
+        keep = (self._max[chosen] - finite).exp()
+        values = self._values[chosen] * keep
+        narrow = weights.to(query.dtype)
+        for part, piece in zip(torch.split(narrow, sizes, -1), pieces, strict=True):
+            values += _product(part, piece.values.to(query.dtype))
+        self._sum[chosen] = self._sum[chosen] * keep + weights.sum(-1, keepdim=True)
+        self._values[chosen] = values
+        self._max[chosen] = top
+
+    def _masked(self, scores: torch.Tensor, chosen: Any, pieces: list[Piece]) -> torch.Tensor:
+        if self._softcap is not None:
+            scores = torch.tanh(scores / self._softcap) * self._softcap
+        if self._mask is None:
+            return scores
+        mask = self._mask if self._mask.shape[0] == 1 else self._mask[chosen]
+        parts = [mask[..., p.start : p.start + p.keys.shape[-2]] for p in pieces]
+        mask = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        shape = scores.shape
+        apart = scores.view(*shape[:2], -1, self._queries, shape[-1])
+        if mask.shape[1] == 1:
+            mask = mask.unsqueeze(1)
+        else:
+            mask = mask.view(mask.shape[0], shape[1], -1, *mask.shape[2:])
+        if mask.dtype == torch.bool:
+            return apart.masked_fill_(~mask, -torch.inf).view(shape)
+        return apart.add_(mask).view(shape)
+
+    def result(self, sinks: torch.Tensor | None) -> torch.Tensor:
+        """Return the output. `sinks` [heads]: what each head may attend to instead of any token."""
+        if sinks is not None:
+            group = self._query.shape[-2] // self._queries
+            sink = sinks.float().view(1, -1, group, 1).expand(-1, -1, -1, self._queries)
+            sink = sink.reshape(1, self._query.shape[1], -1, 1)
+            top = torch.maximum(self._max, sink)
+            keep = (self._max - top).exp()
+            self._sum = self._sum * keep + (sink - top).exp()
+            self._values = self._values * keep
+        output = self._values / self._sum.masked_fill(self._sum == 0, 1)
+        output = output.view(self._batch, self._heads, self._queries, -1)
+        return output.to(self._dtype).transpose(1, 2).contiguous()
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return [batch, heads, n, d] @ [batch or 1, heads, d, m], without repeating the latter."""
+    if right.shape[0] == left.shape[0]:
+        return left @ right
+    batch, heads, rows, _ = left.shape
+    folded = left.transpose(0, 1).reshape(heads, batch * rows, -1) @ right[0]
+    return folded.view(heads, batch, rows, -1).transpose(0, 1)

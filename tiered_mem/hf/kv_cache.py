@@ -1,0 +1,337 @@
+"""A transformers cache whose full-attention layers keep their tokens in blocks on a runtime.
+
+A block is `block_tokens` tokens of one sequence in one layer: its keys [heads, tokens, key_dim],
+then its values [heads, tokens, value_dim]. The last, open block of every sequence stays in device
+memory as the layer's tail; full ones are sealed, and move between the tiers. Sliding windows and
+recurrent states are bounded, and stay where transformers keeps them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from tiered_mem.errors import ConfigError, UnsupportedModelError
+from tiered_mem.hf.kv_attention import LazyStates, Piece
+from tiered_mem.kv_space import KvSpace
+
+BLOCK_TOKENS = 128
+_MOST_HINTS = 64  # blocks of the next layer that are asked for ahead
+
+
+class TieredCache(DynamicCache):  # type: ignore[misc]
+    """A `DynamicCache` for `generate(past_key_values=...)` and for a model's own forward.
+
+    Made by `model.tiered_mem.cache()`. Its blocks go when it is collected, or by `close`.
+    """
+
+    def __init__(
+        self, space: KvSpace, config: PreTrainedConfig, block_tokens: int = BLOCK_TOKENS
+    ) -> None:
+        """Raises as `check`."""
+        super().__init__(config=config)
+        self.check(config, block_tokens)
+        previous: TieredLayer | None = None
+        for number, layer in enumerate(self.layers):
+            if type(layer) is not DynamicLayer:
+                continue
+            tiered = self.layers[number] = TieredLayer(space, number, block_tokens)
+            if previous is not None:
+                previous.following = weakref.ref(tiered)
+            previous = tiered
+        self.num_tiered = sum(isinstance(layer, TieredLayer) for layer in self.layers)
+
+    @staticmethod
+    def check(config: PreTrainedConfig, block_tokens: int) -> None:
+        """Raise `ConfigError` for blocks without tokens, `UnsupportedModelError` for a model none
+        of whose layers keep all keys and values."""
+        if not isinstance(block_tokens, int) or block_tokens < 1:
+            raise ConfigError(f"block_tokens is {block_tokens}: a block has at least one token")
+        if not any(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers):
+            raise UnsupportedModelError(
+                f"model type {config.model_type!r} has no layer that keeps all its keys and "
+                "values: its cache is bounded, or of a kind of its own; load it without kv"
+            )
+
+    @property
+    def num_gathered(self) -> int:
+        """How often a layer had to be put together whole, for code that isn't our attention."""
+        return sum(layer.num_gathered for layer in self.tiered_layers())
+
+    def tiered_layers(self) -> list[TieredLayer]:
+        return [layer for layer in self.layers if isinstance(layer, TieredLayer)]
+
+    def close(self) -> None:
+        """Give the blocks back."""
+        for layer in self.tiered_layers():
+            layer.reset()
+
+
+class TieredLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's blocks and tail. `rows[r]` are the indices of row r's sealed blocks, in order."""
+
+    def __init__(self, space: KvSpace, number: int, block_tokens: int) -> None:
+        super().__init__()
+        self.space = space
+        self.number = number
+        self.block_tokens = block_tokens
+        self.rows: list[list[int]] = []
+        self.following: weakref.ref[TieredLayer] | None = None  # the next layer with blocks
+        self.num_gathered = 0
+        # Holds the table, not the layer: a finalizer must not keep what it is for alive.
+        weakref.finalize(self, _abandon, space, number, self.rows)
+
+    @property
+    def num_sealed(self) -> int:
+        """Tokens in sealed blocks."""
+        return len(self.rows[0]) * self.block_tokens if self.rows else 0
+
+    @property
+    def num_tail(self) -> int:
+        return int(self.keys.shape[-2]) if self.is_initialized else 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        if value_states.dtype != self.dtype:
+            raise ConfigError(f"keys are {self.dtype}, values {value_states.dtype}: not supported")
+        if self.device != self.space.backend.device:
+            raise ConfigError(
+                f"layer {self.number} computes on {self.device}, the runtime is on "
+                f"{self.space.backend.device}: load the model to one device"
+            )
+        self.keys = key_states[..., :0, :]
+        self.values = value_states[..., :0, :]
+        heads = key_states.shape[1]
+        self._split = heads * self.block_tokens * key_states.shape[-1]  # elements of K in a block
+        values = heads * self.block_tokens * value_states.shape[-1]
+        self.block_nbytes = (self._split + values) * self.dtype.itemsize
+        self.space.add_layer(self.number, self.block_nbytes)
+        if not self.rows:
+            self.rows.extend([] for _ in range(key_states.shape[0]))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new tokens. Returns stand-ins for all keys and values: see `LazyStates`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.seal()  # if nobody attended to what came before
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        view = _View(self)
+        return (
+            LazyStates(view, self.keys, is_keys=True),
+            LazyStates(view, self.values, is_keys=False),
+        )
+
+    def seal(self) -> None:
+        """Turn the full blocks of the tail into blocks of the runtime."""
+        num_full = self.num_tail // self.block_tokens
+        if num_full == 0:
+            return
+        end = num_full * self.block_tokens
+        for row, table in enumerate(self.rows):
+            blocks = [
+                self._pack(row, start, start + self.block_tokens)
+                for start in range(0, end, self.block_tokens)
+            ]
+            table.extend(self.space.create(self.number, blocks))
+        # Clones: a slice would keep the whole tail's memory.
+        self.keys = self.keys[..., end:, :].clone()
+        self.values = self.values[..., end:, :].clone()
+
+    def batches(self) -> Iterator[list[Piece]]:
+        """Yield all tokens in pieces: the tail, then blocks as they arrive.
+
+        A piece's views are good until the next step.
+        """
+        places = self._places()
+        indices = list(places)
+        with self.space.begin(self.number, indices) as reading:
+            self._hint_following()
+            if self.num_tail:
+                yield [Piece(self.num_sealed, None, self.keys, self.values)]
+            for positions, slots in reading.batches():
+                yield [
+                    Piece(group * self.block_tokens, rows, *self._views(slot))
+                    for position, slot in zip(positions, slots, strict=True)
+                    for group, rows in places[indices[position]]
+                ]
+
+    def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all keys and values, [batch, heads, tokens, dim], in memory of the device."""
+        num_tokens = self.get_seq_length()
+        keys, values = (
+            tail.new_empty(*tail.shape[:-2], num_tokens, tail.shape[-1])
+            for tail in (self.keys, self.values)
+        )
+        for pieces in self.batches():
+            for piece in pieces:
+                rows = slice(None) if piece.rows is None else piece.rows
+                span = slice(piece.start, piece.start + piece.keys.shape[-2])
+                keys[rows, :, span] = piece.keys
+                values[rows, :, span] = piece.values
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.num_sealed + self.num_tail
+
+    def reset(self) -> None:
+        for table in self.rows:
+            self.space.release(self.number, table)
+        self.rows.clear()
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens. Raises `ConfigError` if that is positive."""
+        if tokens_to_remove > 0:
+            raise ConfigError(f"crop({tokens_to_remove}): give a negative number of tokens")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        keep = max(0, self.get_seq_length() + tokens_to_remove)
+        if keep >= self.num_sealed:
+            self._cut_tail(keep - self.num_sealed)
+            return
+        num_groups, rest = divmod(keep, self.block_tokens)
+        self._reopen(num_groups)
+        self._cut_tail(rest)
+
+    def offload(self) -> None:
+        """Blocks move by themselves."""
+
+    def prefetch(self) -> None:
+        """Blocks move by themselves."""
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return
+        chosen = torch.arange(len(self.rows))[indices.cpu()].tolist()
+        self._choose_rows(chosen)
+        self.keys = self.keys[indices.to(self.device)]
+        self.values = self.values[indices.to(self.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if not self.is_initialized:
+            return
+        self._choose_rows([row for row in range(len(self.rows)) for _ in range(repeats)])
+        self.keys = self.keys.repeat_interleave(repeats, dim=0)
+        self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def _choose_rows(self, chosen: Sequence[int]) -> None:
+        tables = [list(self.rows[row]) for row in chosen]
+        for table in tables:
+            self.space.share(self.number, table)
+        for table in self.rows:
+            self.space.release(self.number, table)
+        self.rows[:] = tables
+
+    def _places(self) -> dict[int, list[tuple[int, torch.Tensor | None]]]:
+        """Return, by block, where it stands: (group, batch rows), the rows None if that is all."""
+        if len(self.rows) == 1:
+            return {index: [(group, None)] for group, index in enumerate(self.rows[0])}
+        found: dict[int, dict[int, list[int]]] = {}
+        for row, table in enumerate(self.rows):
+            for group, index in enumerate(table):
+                found.setdefault(index, {}).setdefault(group, []).append(row)
+        return {
+            index: [
+                (group, None if len(which) == len(self.rows) else torch.tensor(which))
+                for group, which in groups.items()
+            ]
+            for index, groups in found.items()
+        }
+
+    def _pack(self, row: int, start: int, end: int) -> torch.Tensor:
+        parts = (self.keys[row, :, start:end], self.values[row, :, start:end])
+        return torch.cat([part.reshape(-1) for part in parts]).view(torch.uint8)
+
+    def _views(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of the block in a slot, [1, heads, tokens, dim] each."""
+        block = self.space.view(slot, self.block_nbytes).view(self.dtype)
+        heads = self.keys.shape[1]
+        keys, values = block[: self._split], block[self._split :]
+        return (
+            keys.view(1, heads, self.block_tokens, self.keys.shape[-1]),
+            values.view(1, heads, self.block_tokens, self.values.shape[-1]),
+        )
+
+    def _cut_tail(self, num_tokens: int) -> None:
+        self.keys = self.keys[..., :num_tokens, :]
+        self.values = self.values[..., :num_tokens, :]
+
+    def _reopen(self, group: int) -> None:
+        """Make sealed block `group` of every row the tail, and forget those after it."""
+        keys, values = (
+            tail.new_empty(*tail.shape[:-2], self.block_tokens, tail.shape[-1])
+            for tail in (self.keys, self.values)
+        )
+        wanted = {table[group] for table in self.rows}
+        indices = sorted(wanted)
+        with self.space.begin(self.number, indices) as reading:
+            for position, slot in reading:
+                for row, table in enumerate(self.rows):
+                    if table[group] == indices[position]:
+                        block_keys, block_values = self._views(slot)
+                        keys[row], values[row] = block_keys[0], block_values[0]
+        for table in self.rows:
+            self.space.release(self.number, table[group:])
+            del table[group:]
+        self.keys, self.values = keys, values
+
+    def _hint_following(self) -> None:
+        following = self.following() if self.following is not None else None
+        if following is not None and following.rows:
+            ahead = dict.fromkeys(index for table in following.rows for index in table)
+            self.space.hint(following.number, list(ahead)[:_MOST_HINTS])
+
+
+class _View:
+    """What one update left to attend to: `tiered_mem.hf.kv_attention.Blocks`."""
+
+    def __init__(self, layer: TieredLayer) -> None:
+        self._layer = layer
+        self.num_tokens = layer.get_seq_length()
+        self._gathered: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        self._check()
+        return None if self._layer.num_sealed else (self._layer.keys, self._layer.values)
+
+    def batches(self) -> Iterator[list[Piece]]:
+        self._check()
+        yield from self._layer.batches()
+        self.finish()
+
+    def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._gathered is None:
+            self._check()
+            self._gathered = self._layer.gather()
+            self._layer.num_gathered += 1
+            self.finish()
+        return self._gathered
+
+    def finish(self) -> None:
+        self._layer.seal()
+
+    def _check(self) -> None:
+        if self._layer.get_seq_length() != self.num_tokens:
+            raise ConfigError(
+                f"the keys of layer {self._layer.number} were kept beyond the next step: the cache "
+                f"has {self._layer.get_seq_length()} tokens now, they had {self.num_tokens}"
+            )
+
+
+def _abandon(space: KvSpace, layer: int, rows: list[list[int]]) -> None:
+    indices = [index for table in rows for index in table]
+    if indices:
+        space.abandon(layer, indices)
