@@ -13,6 +13,7 @@ import numpy.typing as npt
 from tiered_mem import _core
 from tiered_mem.catalogue import ALIGNMENT, allocate, round_up
 from tiered_mem.config import format_size
+from tiered_mem.device.host import HOST
 from tiered_mem.errors import BudgetError, ChecksumError, ConfigError, RuntimeClosedError
 from tiered_mem.keys import BlockKey, KeyArray, Kind
 from tiered_mem.reading import GIVEN_BACK, Reading
@@ -41,6 +42,7 @@ class KvSpace:
         self._number = number
         self._sizes: dict[int, int] = {}
         self._next: Counter[int] = Counter()
+        self._staged: dict[int, Bytes] = {}
         self._users: Counter[int] = Counter()  # by packed key
         self._abandoned: deque[list[int]] = deque()
         self._lock = threading.RLock()
@@ -96,14 +98,16 @@ class KvSpace:
             raise RuntimeClosedError(GIVEN_BACK)
         self._drop_abandoned()
         nbytes = self._sizes[layer]
+        for block in blocks:
+            if block.numel() != nbytes or block.element_size() != 1:
+                raise ConfigError(f"a block of this layer has {nbytes} bytes, not {block.numel()}")
         with self._lock:
             first = self._next[layer]
             if first + len(blocks) > _MAX_INDEX:
                 raise ConfigError(f"layer {layer} has had {first} blocks: make a new cache")
             self._next[layer] += len(blocks)
         indices = list(range(first, first + len(blocks)))
-        host = [self._to_host(block, nbytes) for block in blocks]
-        self._write(layer, indices, host)
+        self._write(layer, indices, blocks)
         with self._lock:
             self._users.update(self._pack(layer, indices).tolist())
         self._admit(layer, indices, blocks)
@@ -177,29 +181,27 @@ class KvSpace:
         base = np.uint64(BlockKey(Kind.KV, layer, 0, self._number).pack())
         return np.array(indices, np.uint64) | base
 
-    def _to_host(self, block: Any, nbytes: int) -> Bytes:
-        if block.numel() != nbytes or block.element_size() != 1:
-            raise ConfigError(f"a block of this layer has {nbytes} bytes, not {block.numel()}")
-        host = allocate(nbytes)
-        self._as_tensor(host).copy_(block)
-        return host
-
-    def _as_tensor(self, array: Bytes) -> Any:
-        from tiered_mem.device.host import HOST
-
-        return HOST.wrap(array.view(np.ndarray))
-
-    def _write(self, layer: int, indices: Sequence[int], blocks: Sequence[Bytes]) -> None:
+    def _write(self, layer: int, indices: Sequence[int], blocks: Sequence[Any]) -> None:
         keys = [BlockKey(Kind.KV, layer, index) for index in indices]
         # A place is good for as long as its block isn't rewritten or deleted. Neither happens
         # before `_forget`, when nobody reads it any more, so no snapshot is kept.
         with self._writing:
+            staged = self._staging(layer)
+            as_tensor = HOST.wrap(staged.view(np.ndarray))
             with self.store.transaction() as txn:
                 for key, block in zip(keys, blocks, strict=True):
-                    txn.put(key, block)
+                    as_tensor.copy_(block)
+                    txn.put(key, staged)  # LMDB has its own copy then
             with self.store.snapshot() as snapshot:
                 extents: list[_core.Extent] = snapshot.extents(keys)
         self.tiers.add_blocks(self._pack(layer, indices), extents)
+
+    def _staging(self, layer: int) -> Bytes:
+        """Return memory for one block on its way to the store, made once by size."""
+        nbytes = self._sizes[layer]
+        if nbytes not in self._staged:
+            self._staged[nbytes] = allocate(nbytes)
+        return self._staged[nbytes]
 
     def _admit(self, layer: int, indices: Sequence[int], blocks: Sequence[Any]) -> None:
         """Put as many of the blocks into HBM as an event can hold there, the latest ones."""

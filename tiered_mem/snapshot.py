@@ -14,6 +14,9 @@ from tiered_mem.environment import Environment, named_errors
 from tiered_mem.errors import ChecksumError, StoreError, TransferError
 from tiered_mem.keys import BlockKey, KeyArray
 
+RECORD_PREFIX = b"record:"
+"""Begins the names of records in `meta`, so that stores without any stay as they are."""
+
 
 class Snapshot:
     """The store at one moment. Places stay right exactly as long as it is open. Thread-safe."""
@@ -40,6 +43,18 @@ class Snapshot:
     def __contains__(self, key: BlockKey | int) -> bool:
         with self._lock, self._named_errors:
             return self._txn.get(pack_key(key), db=self._environment.catalogue) is not None
+
+    def records(self) -> dict[bytes, bytes]:
+        """Return the records by name: see `Transaction.put_record`."""
+        found: dict[bytes, bytes] = {}
+        with self._lock, self._named_errors:
+            cursor = self._txn.cursor(db=self._environment.meta)
+            cursor.set_range(RECORD_PREFIX)
+            for name, value in cursor:
+                if not bytes(name).startswith(RECORD_PREFIX):
+                    break
+                found[bytes(name)[len(RECORD_PREFIX) :]] = bytes(value)
+        return found
 
     def nbytes(self, key: BlockKey | int) -> int:
         """Return a block's raw size. Raises as `extent`."""

@@ -40,7 +40,7 @@ from tiered_mem.errors import (
     StoreReadOnlyError,
 )
 from tiered_mem.keys import BlockKey
-from tiered_mem.snapshot import Snapshot, pack_key, verify
+from tiered_mem.snapshot import RECORD_PREFIX, Snapshot, pack_key, verify
 
 __all__ = ["Snapshot", "Store", "Transaction", "allocate"]
 
@@ -228,6 +228,18 @@ class Transaction:
         with self._write():
             self._count_pages(len(packed))
             self._txn.put(_METADATA_KEY, packed, db=self._environment.meta)
+
+    def put_record(self, name: bytes, value: bytes) -> None:
+        """Write a small record, which commits with the blocks it describes."""
+        with self._write():
+            self._count_pages(len(value))
+            self._txn.put(RECORD_PREFIX + name, value, db=self._environment.meta)
+
+    def delete_record(self, name: bytes) -> None:
+        """Remove a record, if there is one."""
+        with self._write():
+            self._count_pages(0)
+            self._txn.delete(RECORD_PREFIX + name, db=self._environment.meta)
 
     def __enter__(self) -> Transaction:
         return self

@@ -67,7 +67,7 @@ class LazyStates(torch.Tensor):
 
     source: Blocks
     is_keys: bool
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, source: Blocks, like: torch.Tensor, *, is_keys: bool) -> LazyStates:
