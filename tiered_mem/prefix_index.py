@@ -93,7 +93,9 @@ class Record:
             raise ChecksumError(f"the record of prefix {name.hex()[:16]} is damaged")
         *fields, num_layers, _ = _FIELDS.unpack_from(body)
         numbers = np.frombuffer(body, "<u2", offset=_FIELDS.size).tolist()
-        return cls(name, *fields, tuple(numbers[:num_layers]), tuple(numbers[num_layers:]))
+        layers, states = tuple(numbers[:num_layers]), tuple(numbers[num_layers:])
+        values: tuple[Any, ...] = (name, *fields, layers, states)
+        return cls(*values)
 
 
 @dataclass
