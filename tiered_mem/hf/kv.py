@@ -101,7 +101,8 @@ class KvPool:
         """Give memory and store back; the model is a stock one again. Closing twice is fine."""
         if not self.closed:
             self._overrides.undo()
-            self.model.set_attn_implementation(self._stock_attention)
+            if self._stock_attention is not None:
+                self.model.set_attn_implementation(self._stock_attention)
         self._give_back()
 
 
@@ -151,11 +152,8 @@ def _check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{kind} is an encoder with a decoder, whose caches come in pairs: load it without kv"
         )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            f"{kind} doesn't let its attention be replaced (transformers' attention interface): "
-            "load it without kv"
-        )
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        raise UnsupportedModelError(f"{kind} has a cache of its own kind: load it without kv")
 
 
 def _with_cache(pool: KvPool, generate: Any) -> Any:

@@ -11,7 +11,9 @@ blocks; anything else that touches them gets them whole, so no model can be wron
 from __future__ import annotations
 
 import inspect
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -93,11 +95,12 @@ class LazyStates(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def use_tiered_attention(model: PreTrainedModel) -> str:
+def use_tiered_attention(model: PreTrainedModel) -> str | None:
     """Let a model attend over blocks; return the name of the attention that it had.
 
-    Layers whose cache isn't tiered go on with that one. Raises `UnsupportedModelError` if it is
-    neither sdpa nor eager.
+    Layers whose cache isn't tiered go on with that one. Returns None, with a warning, for a model
+    whose attention can't be replaced: it works, but each layer's keys and values are put together
+    for every step. Raises `UnsupportedModelError` if it attends neither by sdpa nor by eager.
     """
     stock = model.config._attn_implementation
     if stock not in ("sdpa", "eager"):
@@ -105,8 +108,25 @@ def use_tiered_attention(model: PreTrainedModel) -> str:
             f"the model attends by {stock!r}, whose masks blocks can't be cut from: load it with "
             "attn_implementation='sdpa'"
         )
+    if not _can_be_replaced(type(model)):
+        warnings.warn(
+            f"{type(model).__name__} doesn't let its attention be replaced: each layer's keys and "
+            "values are put together in memory at every step, one layer at a time",
+            stacklevel=4,
+        )
+        return None
     model.set_attn_implementation(_PREFIX + stock)
     return str(stock)
+
+
+# What a model does by the name of its attention, it wouldn't do by ours.
+_ASKS_FOR_NAME = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\s+in\b)")
+
+
+def _can_be_replaced(model_class: type[PreTrainedModel]) -> bool:
+    if not model_class._can_set_attn_implementation():
+        return False
+    return _ASKS_FOR_NAME.search(inspect.getsource(sys.modules[model_class.__module__])) is None
 
 
 def attention_over_sdpa(
@@ -166,16 +186,22 @@ def _attend(
     plain: bool,
     kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, Any]:
-    if not isinstance(key, LazyStates):
-        return stock(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+    if not (
+        isinstance(key, LazyStates)
+        and isinstance(value, LazyStates)
+        and (key.source, key.is_keys, value.is_keys) == (value.source, True, False)
+    ):  # not from a tiered cache, or made into something else since
+        return stock(  # type: ignore[no-any-return]
+            module, query, _plain(key), _plain(value), mask, **kwargs
+        )
     source = key.source
     together = source.whole()
     if together is None and not plain:
         together = source.gather()
     if together is not None:
-        result: tuple[torch.Tensor, Any] = stock(module, query, *together, mask, **kwargs)
+        result = stock(module, query, *together, mask, **kwargs)
         source.finish()
-        return result
+        return result  # type: ignore[no-any-return]
     scaling = kwargs.get("scaling")
     total = _Attention(
         query,
@@ -188,6 +214,10 @@ def _attend(
     for pieces in source.batches():
         total.add(pieces)
     return total.result(getattr(module, "sinks", None)), None
+
+
+def _plain(states: torch.Tensor) -> torch.Tensor:
+    return states.whole() if isinstance(states, LazyStates) else states
 
 
 def _mask(
