@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from tiered_mem.errors import ConfigError
+from tiered_mem.hf import kv_attention
 from tiered_mem.hf.kv_attention import LazyStates, Piece, attention_over_sdpa
 
 
@@ -64,20 +66,12 @@ def reference(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention as textbooks write it, in float64: [batch, queries, heads, dim]."""
     groups = query.shape[1] // keys.shape[1]
     keys, values = (t.double().repeat_interleave(groups, 1) for t in (keys, values))
     scores = query.double() @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        column = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, column], -1)
-    weights = torch.nan_to_num(torch.softmax(scores, -1))[..., : keys.shape[-2]]
+    weights = torch.nan_to_num(torch.softmax(scores.masked_fill(~mask, -torch.inf), -1))
     return (weights @ values).transpose(1, 2)
 
 
@@ -92,7 +86,6 @@ def reference(
     padding=st.integers(0, 6),
     per_row=st.booleans(),
     additive=st.booleans(),
-    with_sinks=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_it_is_attention(
@@ -105,7 +98,6 @@ def test_it_is_attention(
     padding: int,
     per_row: bool,
     additive: bool,
-    with_sinks: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
@@ -115,14 +107,11 @@ def test_it_is_attention(
     keys, values = torch.randn(batch, kv_heads, tokens, 8), torch.randn(batch, kv_heads, tokens, 6)
     mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()[past:].repeat(batch, 1, 1, 1)
     mask[-1, ..., : min(padding, tokens)] = False  # rows that see nothing at all among them
-    sinks = torch.randn(heads) if with_sinks else None
     module = SimpleNamespace(is_causal=True, training=False)
-    if with_sinks:
-        module.sinks = sinks
     source = Pieces(keys, values, size, seed, per_row)
     given_mask = torch.where(mask, 0.0, -torch.inf) if additive else mask
     got, _ = attention_over_sdpa(module, query, *lazy(source), given_mask)  # type: ignore[arg-type]
-    want = reference(query, keys, values, mask, None, sinks)
+    want = reference(query, keys, values, mask)
     assert got.shape == (batch, queries, heads, 6)
     torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
     assert source.num_gathered == 0
@@ -140,9 +129,38 @@ def test_small_types_are_summed_in_float32(dtype: torch.dtype) -> None:
         *lazy(Pieces(keys, values, 7, 0, False)),
         None,  # type: ignore[arg-type]
     )
-    want = reference(query, keys, values, torch.ones(1, 500, dtype=torch.bool), None, None)
+    want = reference(query, keys, values, torch.ones(1, 500, dtype=torch.bool))
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), want.to(dtype).double(), atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("past", [0, 700])
+def test_many_queries_and_long_pieces_are_cut(monkeypatch: pytest.MonkeyPatch, past: int) -> None:
+    monkeypatch.setattr(kv_attention, "_MOST_SCORES", 1 << 12)
+    monkeypatch.setattr(kv_attention, "_MOST_TOKENS", 64)
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(1, 4, 90, 8), *torch.randn(2, 1, 2, past + 90, 8)
+    mask = torch.ones(past + 90, past + 90, dtype=torch.bool).tril()[past:][None, None]
+    module = SimpleNamespace(is_causal=True, training=False)
+    for given_mask in (mask, None):
+        source = Pieces(keys, values, 500, 0, False)
+        got, _ = attention_over_sdpa(module, query, *lazy(source), given_mask)  # type: ignore[arg-type]
+        torch.testing.assert_close(
+            got.double(), reference(query, keys, values, mask), atol=2e-6, rtol=1e-5
+        )
+
+
+def test_training_is_refused() -> None:
+    query, keys, values = torch.randn(3, 1, 2, 6, 8)
+    module = SimpleNamespace(is_causal=True, training=True)
+    with pytest.raises(ConfigError, match="eval"):
+        attention_over_sdpa(
+            module,  # type: ignore[arg-type]
+            query,
+            *lazy(Pieces(keys, values, 4, 0, False)),
+            None,
+            dropout=0.1,
+        )
 
 
 def test_without_a_mask_it_is_causal() -> None:
@@ -155,7 +173,7 @@ def test_without_a_mask_it_is_causal() -> None:
         *lazy(Pieces(keys, values, 4, 0, False)),
         None,  # type: ignore[arg-type]
     )
-    want = reference(query, keys, values, torch.ones(6, 6, dtype=torch.bool).tril(), None, None)
+    want = reference(query, keys, values, torch.ones(6, 6, dtype=torch.bool).tril())
     torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
 
 

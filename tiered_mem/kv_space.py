@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +43,8 @@ class KvSpace:
         self._sizes: dict[int, int] = {}
         self._next: Counter[int] = Counter()
         self._staged: dict[int, Bytes] = {}
+        # Blocks of other stores, by packed key: their keys there, and whom to tell of damage.
+        self._adopted: dict[int, tuple[BlockKey, Callable[[BlockKey], None]]] = {}
         self._users: Counter[int] = Counter()  # by packed key
         self._abandoned: deque[list[int]] = deque()
         self._lock = threading.RLock()
@@ -113,6 +115,31 @@ class KvSpace:
         self._admit(layer, indices, blocks)
         return indices
 
+    def adopt(
+        self,
+        layer: int,
+        places: Sequence[tuple[BlockKey, _core.Extent]],
+        damaged: Callable[[BlockKey], None],
+    ) -> list[int]:
+        """Take in blocks that lie in another store; return their indices, each with one user.
+
+        Their places must stay right as long as they have users. `damaged` is told the block's key
+        there if its checksum fails. Raises `ConfigError` for a block of another size.
+        """
+        if self.closed:
+            raise RuntimeClosedError(GIVEN_BACK)
+        with self._lock:
+            first = self._next[layer]
+            self._next[layer] += len(places)
+        indices = list(range(first, first + len(places)))
+        keys = self._pack(layer, indices)
+        self.tiers.add_blocks(keys, [extent for _, extent in places])
+        with self._lock:
+            self._users.update(keys.tolist())
+            for key, (there, _) in zip(keys.tolist(), places, strict=True):
+                self._adopted[key] = (there, damaged)
+        return indices
+
     def share(self, layer: int, indices: Iterable[int]) -> None:
         """Count one more user of each (a block may be named several times)."""
         with self._lock:
@@ -162,6 +189,11 @@ class KvSpace:
         return self._tensor[slot : slot + nbytes]
 
     def mend(self, key: BlockKey, slot: int, error: ChecksumError) -> None:
+        """Raise: what a block of KV was computed from isn't here."""
+        adopted = self._adopted.get(key.pack())
+        if adopted is not None:
+            there, damaged = adopted
+            damaged(there)
         raise ChecksumError(
             f"{key._replace(space=0)}: {error}; what it was computed from is in the prompt: "
             "generate again with a new cache"
@@ -224,8 +256,11 @@ class KvSpace:
         if not keys:
             return
         self.tiers.remove_blocks(np.array(keys, np.uint64))
+        own = [key for key in keys if self._adopted.pop(key, None) is None]
+        if not own:
+            return
         with self._writing, self.store.transaction() as txn:
-            for key in keys:
+            for key in own:
                 txn.delete(BlockKey.unpack(key)._replace(space=0))
 
     def _drop_abandoned(self) -> None:

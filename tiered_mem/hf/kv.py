@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tiered_mem.config import Budgets, Size
 from tiered_mem.errors import (
     AlreadyWrappedError,
+    ChecksumError,
     ConfigError,
     RuntimeClosedError,
     TieredMemError,
@@ -24,6 +25,7 @@ from tiered_mem.errors import (
 from tiered_mem.hf import kv_attention
 from tiered_mem.hf.device import require_one_device, usable
 from tiered_mem.hf.kv_cache import BLOCK_TOKENS, TieredCache
+from tiered_mem.hf.kv_prefixes import Prefixes, single
 from tiered_mem.hf.overrides import Overrides
 from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
 from tiered_mem.runtime import Runtime
@@ -45,6 +47,8 @@ class KvPool:
         dram: Size = 0,
         nvme: str | Path | None = None,
         eviction: str | type[EvictionPolicy] = DEFAULT_EVICTION,
+        prefixes: str | Path | None = None,
+        prefixes_capacity: int | None = None,
         block_tokens: int = BLOCK_TOKENS,
     ) -> None:
         policy = resolve_eviction(eviction)
@@ -54,6 +58,7 @@ class KvPool:
         backend = usable(device)
         budgets = Budgets.for_backend(kv, dram, whole=0, backend=backend)
         self.model, self.block_tokens = model, block_tokens
+        self.num_restored_tokens = 0  # that were stored, and so needn't be computed
         TieredCache.check(model.config, block_tokens)
         with ExitStack() as undo:
             directory = _scratch_directory(nvme, undo)
@@ -64,6 +69,12 @@ class KvPool:
             undo.callback(self.runtime.close)
             self.space = self.runtime.attach_kv(store)
             undo.callback(self.space.close)
+            self.prefixes: Prefixes | None = None
+            if prefixes is not None:
+                self.prefixes = Prefixes(
+                    model, self.space, block_tokens, prefixes, prefixes_capacity
+                )
+                undo.callback(self.prefixes.close)
             self._overrides = Overrides(model)
             self._baseline = self.runtime.stats()
             self._stock_attention = kv_attention.use_tiered_attention(model)
@@ -78,14 +89,34 @@ class KvPool:
     def budgets(self) -> Budgets:
         return self.runtime.budgets
 
-    def cache(self) -> TieredCache:
-        """Return a new, empty cache for `generate(past_key_values=...)` or the model's forward.
+    def cache(self, prompt: torch.Tensor | None = None) -> TieredCache:
+        """Return a new cache for `generate(past_key_values=...)` or the model's forward.
+
+        It starts with the longest stored prefix of `prompt` (token ids, 1-D), if that is given and
+        there is a store of prefixes: give the whole prompt to `generate`, which computes the rest.
 
         Raises `RuntimeClosedError`.
         """
         if self.closed:
             raise RuntimeClosedError("this model's KV memory was given back: load the model again")
-        return TieredCache(self.space, self.model.config, self.block_tokens)
+        cache = TieredCache(self.space, self.model.config, self.block_tokens)
+        if prompt is not None and self.prefixes is not None:
+            self.num_restored_tokens += self.prefixes.restore(cache, prompt)
+        return cache
+
+    def save(self, cache: TieredCache, token_ids: torch.Tensor) -> int:
+        """Store the whole blocks of a cache of one sequence with these tokens (1-D, all of them).
+
+        Returns how many tokens are stored. Raises `ConfigError`, `StoreFullError`.
+        """
+        if self.prefixes is None:
+            raise ConfigError("there is no store of prefixes: give prefixes=DIRECTORY to tier_kv")
+        return self.prefixes.save(cache, token_ids)
+
+    @property
+    def num_damaged(self) -> int:
+        """Stored groups of tokens that were found damaged and are computed again."""
+        return 0 if self.prefixes is None else self.prefixes.num_damaged
 
     def stats(self) -> Stats:
         """Return what was counted since the start, or `reset_stats`."""
@@ -113,6 +144,8 @@ def tier_kv(
     dram: Size = 0,
     nvme: str | Path | None = None,
     eviction: str | type[EvictionPolicy] = DEFAULT_EVICTION,
+    prefixes: str | Path | None = None,
+    prefixes_capacity: int | None = None,
     block_tokens: int = BLOCK_TOKENS,
 ) -> PreTrainedModel:
     """Give a model in memory, dense or a wrapped Mixture of Experts, tiered KV; return it.
@@ -128,6 +161,10 @@ def tier_kv(
         dram: A second tier, in host memory.
         nvme: A directory on a fast disk. Blocks go into a store under it that is removed at the
             end; None: the system's temporary directory.
+        prefixes: A directory where whole blocks of single sequences are stored after `generate`,
+            under a hash of the model and all tokens before them. A prompt that starts with stored
+            ones, in this process or a later one, computes only the rest.
+        prefixes_capacity: Bytes that their file may have; what was used least recently goes.
         block_tokens: Tokens of a block.
 
     Raises:
@@ -138,7 +175,16 @@ def tier_kv(
     handle = getattr(model, "tiered_mem", None)
     if isinstance(handle, KvPool) or getattr(handle, "kv", None) is not None:
         raise AlreadyWrappedError("this model's KV is tiered already (model.tiered_mem)")
-    pool = KvPool(model, kv, dram=dram, nvme=nvme, eviction=eviction, block_tokens=block_tokens)
+    pool = KvPool(
+        model,
+        kv,
+        dram=dram,
+        nvme=nvme,
+        eviction=eviction,
+        prefixes=prefixes,
+        prefixes_capacity=prefixes_capacity,
+        block_tokens=block_tokens,
+    )
     if handle is None:
         model.tiered_mem = pool
     else:
@@ -172,12 +218,24 @@ def _with_cache(pool: KvPool, generate: Any) -> Any:
         given = kwargs.get("past_key_values") is not None or option("cache_implementation")
         if given or option("use_cache") is False:
             return generate(*args, **kwargs)
-        cache = own.cache()
-        try:
-            return generate(*args, **{**kwargs, "past_key_values": cache})
-        finally:
-            if not option("return_dict_in_generate"):  # else the caller gets the cache
+        prompt = single(kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None)))
+        while True:
+            num_damaged = own.num_damaged
+            cache = own.cache(prompt)
+            try:
+                result = generate(*args, **{**kwargs, "past_key_values": cache})
+            except ChecksumError:
                 cache.close()
+                if own.num_damaged == num_damaged:
+                    raise
+                continue  # without the damaged block and those after it, that are dropped now
+            break
+        if option("return_dict_in_generate"):  # the caller gets the cache
+            return result
+        if own.prefixes is not None and prompt is not None and len(result) == 1:
+            own.prefixes.save(cache, result[0])
+        cache.close()
+        return result
 
     return generate_tiered
 

@@ -15,7 +15,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,9 +24,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from tiered_mem.errors import UnsupportedModelError
+from tiered_mem.errors import ConfigError, UnsupportedModelError
 
 _MOST_SCORES = 1 << 23  # elements of scores at a time: 32 MiB
+_MOST_TOKENS = 1024  # of a piece at a time
 _PREFIX = "tiered_"
 
 
@@ -143,7 +144,14 @@ def attention_over_sdpa(
     returns [batch, queries, heads, value_dim] and None.
     """
     plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
-    return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, plain, kwargs)
+
+    def masks(num_tokens: int) -> torch.Tensor | None:
+        if attention_mask is not None:
+            return attention_mask
+        return _causal(module, query, num_tokens, kwargs.get("is_causal"))
+
+    stock = partial(sdpa_attention_forward, module, query, attention_mask=attention_mask, **kwargs)
+    return _attend(stock, query, key, value, masks, kwargs, plain=plain)
 
 
 def attention_over_eager(
@@ -155,8 +163,19 @@ def attention_over_eager(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, Any]:
     """What the model's own eager attention computes: see `attention_over_sdpa`."""
-    stock = sys.modules[type(module).__module__].eager_attention_forward
-    return _attend(stock, module, query, key, value, attention_mask, _is_plain(stock), kwargs)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    stock = partial(eager, module, query, attention_mask=attention_mask, **kwargs)
+    sinks = getattr(module, "sinks", None)
+    return _attend(
+        stock,
+        query,
+        key,
+        value,
+        lambda _: attention_mask,
+        kwargs,
+        plain=_is_plain(eager),
+        sinks=sinks,
+    )
 
 
 AttentionInterface.register("tiered_sdpa", attention_over_sdpa)
@@ -177,65 +196,75 @@ def _is_plain(eager: Callable[..., Any]) -> bool:
 
 
 def _attend(
-    stock: Callable[..., Any],
-    module: torch.nn.Module,
+    stock: Callable[..., tuple[torch.Tensor, Any]],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
-    plain: bool,
+    masks: Callable[[int], torch.Tensor | None],
     kwargs: dict[str, Any],
+    *,
+    plain: bool,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Any]:
+    """Attend by `stock`, given keys and values, or block by block where that is the same.
+
+    `masks` gives the mask for so many tokens, `plain` tells that `stock` does the usual.
+    """
     if not (
         isinstance(key, LazyStates)
         and isinstance(value, LazyStates)
         and (key.source, key.is_keys, value.is_keys) == (value.source, True, False)
     ):  # not from a tiered cache, or made into something else since
-        return stock(  # type: ignore[no-any-return]
-            module, query, _plain(key), _plain(value), mask, **kwargs
-        )
+        return stock(key=_plain(key), value=_plain(value))
     source = key.source
     together = source.whole()
     if together is None and not plain:
         together = source.gather()
     if together is not None:
-        result = stock(module, query, *together, mask, **kwargs)
+        result = stock(key=together[0], value=together[1])
         source.finish()
-        return result  # type: ignore[no-any-return]
-    scaling = kwargs.get("scaling")
-    total = _Attention(
-        query,
-        value.shape[-1],
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        _mask(module, query, source, mask, kwargs.get("is_causal")),
-        key.shape[1],
-        kwargs.get("softcap"),
-    )
+        return result
+    if kwargs.get("dropout"):  # models say 0 unless they train
+        raise ConfigError("attention over blocks is for inference: call model.eval() first")
+    scaling, mask = kwargs.get("scaling"), masks(source.num_tokens)
+    spans = [
+        _Attention(
+            query[:, :, span],
+            value.shape[-1],
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            mask if mask is None or mask.shape[-2] == 1 else mask[:, :, span],
+            key.shape[1],
+            kwargs.get("softcap"),
+        )
+        for span in _spans(query)
+    ]
     for pieces in source.batches():
-        total.add(pieces)
-    return total.result(getattr(module, "sinks", None)), None
+        for part in spans:
+            part.add(pieces)
+    return torch.cat([part.result(sinks) for part in spans], 1), None
+
+
+def _spans(query: torch.Tensor) -> list[slice]:
+    """Cut the queries so that their scores for one piece are few."""
+    batch, heads, num_queries, _ = query.shape
+    most = max(1, _MOST_SCORES // (batch * heads * _MOST_TOKENS))
+    return [slice(i, min(i + most, num_queries)) for i in range(0, num_queries, most)]
 
 
 def _plain(states: torch.Tensor) -> torch.Tensor:
     return states.whole() if isinstance(states, LazyStates) else states
 
 
-def _mask(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    source: Blocks,
-    mask: torch.Tensor | None,
-    is_causal: bool | None,
+def _causal(
+    module: torch.nn.Module, query: torch.Tensor, num_tokens: int, is_causal: bool | None
 ) -> torch.Tensor | None:
-    """Return the mask [batch or 1, heads or 1, queries, tokens], also where sdpa needs none."""
-    if mask is not None:
-        return mask
+    """Return the mask [1, 1, queries, tokens] that sdpa does without; None if all see all."""
     num_queries = query.shape[-2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if num_queries == 1 or not causal:
         return None
-    tokens = torch.arange(source.num_tokens, device=query.device)
-    queries = torch.arange(num_queries, device=query.device) + source.num_tokens - num_queries
+    tokens = torch.arange(num_tokens, device=query.device)
+    queries = torch.arange(num_queries, device=query.device) + num_tokens - num_queries
     return (tokens <= queries[:, None])[None, None]
 
 
@@ -268,8 +297,9 @@ class _Attention:
         self._values = query.new_zeros((*shape, value_dim), dtype=torch.float32)
 
     def add(self, pieces: list[Piece]) -> None:
+        """Take the pieces in, a few scores at a time."""
         by_rows: dict[tuple[int, ...] | None, list[Piece]] = {}
-        for piece in pieces:
+        for piece in _cut(pieces):
             rows = None if piece.rows is None else tuple(piece.rows.tolist())
             by_rows.setdefault(rows, []).append(piece)
         for rows, group in by_rows.items():
@@ -338,6 +368,15 @@ class _Attention:
         output = self._values / self._sum.masked_fill(self._sum == 0, 1)
         output = output.view(self._batch, self._heads, self._queries, -1)
         return output.to(self._dtype).transpose(1, 2).contiguous()
+
+
+def _cut(pieces: list[Piece]) -> Iterator[Piece]:
+    """Yield the pieces in pieces of at most `_MOST_TOKENS` tokens."""
+    for piece in pieces:
+        for i in range(0, piece.keys.shape[-2], _MOST_TOKENS):
+            span = slice(i, i + _MOST_TOKENS)
+            keys, values = piece.keys[..., span, :], piece.values[..., span, :]
+            yield Piece(piece.start + i, piece.rows, keys, values)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -9,15 +9,20 @@ recurrent states are bounded, and stay where transformers keeps them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from tiered_mem._core import Extent
+from tiered_mem.device.host import HOST
 from tiered_mem.errors import ConfigError, UnsupportedModelError
 from tiered_mem.hf.kv_attention import LazyStates, Piece
+from tiered_mem.keys import BlockKey
 from tiered_mem.kv_space import KvSpace
 
 BLOCK_TOKENS = 128
@@ -83,6 +88,8 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         self.rows: list[list[int]] = []
         self.following: weakref.ref[TieredLayer] | None = None  # the next layer with blocks
         self.num_gathered = 0
+        self._adopted: tuple[list[tuple[BlockKey, Extent]], Callable[[BlockKey], None]] | None
+        self._adopted = None
         # Holds the table, not the layer: a finalizer must not keep what it is for alive.
         weakref.finalize(self, _abandon, space, number, self.rows)
 
@@ -113,6 +120,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         self.space.add_layer(self.number, self.block_nbytes)
         if not self.rows:
             self.rows.extend([] for _ in range(key_states.shape[0]))
+        self._take_adopted()
         self.is_initialized = True
 
     def update(
@@ -145,6 +153,25 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         # Clones: a slice would keep the whole tail's memory.
         self.keys = self.keys[..., end:, :].clone()
         self.values = self.values[..., end:, :].clone()
+
+    def adopt(
+        self,
+        places: Sequence[tuple[BlockKey, Extent]],
+        damaged: Callable[[BlockKey], None],
+    ) -> None:
+        """Start an empty layer with sealed blocks of another store, of one sequence, in order.
+
+        See `KvSpace.adopt`.
+        """
+        self._adopted = (list(places), damaged)
+
+    def read_block(self, group: int) -> npt.NDArray[np.uint8]:
+        """Return the bytes of sealed block `group` of the first sequence, in host memory."""
+        out = np.empty(self.block_nbytes, np.uint8)
+        with self.space.begin(self.number, [self.rows[0][group]]) as reading:
+            for _, slot in reading:
+                HOST.wrap(out).copy_(self.space.view(slot, self.block_nbytes))
+        return out
 
     def batches(self) -> Iterator[list[Piece]]:
         """Yield all tokens in pieces: the tail, then blocks as they arrive.
@@ -179,10 +206,28 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
                 values[rows, :, span] = piece.values
         return keys, values
 
+    def _take_adopted(self) -> None:
+        """Take the blocks in, now that their size is known."""
+        if self._adopted is None:
+            return
+        places, damaged = self._adopted
+        self._adopted = None
+        if len(self.rows) != 1:
+            raise ConfigError(f"a stored prefix is of one sequence: the batch has {len(self.rows)}")
+        if any(extent.nbytes != self.block_nbytes for _, extent in places):
+            raise ConfigError(
+                f"stored blocks of layer {self.number} aren't of {self.block_nbytes} bytes: they "
+                "are another model's; use another store"
+            )
+        self.rows[0].extend(self.space.adopt(self.number, places, damaged))
+
     def get_seq_length(self) -> int:
+        if self._adopted is not None:
+            return len(self._adopted[0]) * self.block_tokens
         return self.num_sealed + self.num_tail
 
     def reset(self) -> None:
+        self._adopted = None
         for table in self.rows:
             self.space.release(self.number, table)
         self.rows.clear()

@@ -1,0 +1,211 @@
+"""Prefixes across restarts: the same tokens, the stored part not computed again, damage cut off."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import tiered_mem
+from tiered_mem.errors import ConfigError, StoreBusyError, UnsupportedModelError
+from tiered_mem.prefixes import PrefixStore
+
+BLOCK_TOKENS = 8
+
+
+def make(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def stock() -> LlamaForCausalLM:
+    return make()
+
+
+@pytest.fixture
+def start(stock: LlamaForCausalLM, tmp_path: Path) -> Callable[..., Any]:
+    """Start over with a model whose prefixes are in one directory."""
+
+    def starter(model: Any = None, **options: Any) -> Any:
+        options = {"prefixes": tmp_path / "prefixes", "block_tokens": BLOCK_TOKENS, **options}
+        return tiered_mem.tier_kv(model or copy.deepcopy(stock), "16KiB", **options)
+
+    return starter
+
+
+def tokens(num: int, seed: int = 3) -> torch.Tensor:
+    return torch.randint(2, 64, (1, num), generator=torch.Generator().manual_seed(seed))
+
+
+def ask(model: Any, prompt: torch.Tensor, num: int = 20) -> torch.Tensor:
+    return model.generate(prompt, max_new_tokens=num, do_sample=False)  # type: ignore[no-any-return]
+
+
+def computed(model: Any) -> list[int]:
+    """Return a list that gets the number of tokens of each forward."""
+    seen: list[int] = []
+    model.model.embed_tokens.register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].shape[1])
+    )
+    return seen
+
+
+def test_a_chat_goes_on_after_restarts(stock: LlamaForCausalLM, start: Callable[..., Any]) -> None:
+    prompt = tokens(21)
+    turns = [tokens(7, seed) for seed in (5, 6)]
+    expected = ask(stock, prompt)
+    model = start()
+    got = ask(model, prompt)
+    assert torch.equal(got, expected)
+    model.tiered_mem.close()
+    for turn in turns:  # each in a new process, as far as the model is concerned
+        prompt = torch.cat([got, turn], 1)
+        expected = ask(stock, prompt)
+        model = start()
+        seen = computed(model)
+        got = ask(model, prompt)
+        assert torch.equal(got, expected)
+        stored = (prompt.shape[1] - turn.shape[1] - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert seen[0] == prompt.shape[1] - stored  # only the tail
+        assert model.tiered_mem.num_restored_tokens == stored
+        model.tiered_mem.close()
+
+
+@pytest.mark.parametrize("length", [1, 8, 16, 17])
+def test_a_token_is_left_to_compute(
+    stock: LlamaForCausalLM, start: Callable[..., Any], length: int
+) -> None:
+    model = start()
+    for _ in range(2):
+        prompt = tokens(length)
+        assert torch.equal(ask(model, prompt), ask(stock, prompt))
+    assert model.tiered_mem.num_restored_tokens == (length - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    model.tiered_mem.close()
+
+
+def test_a_prompt_that_diverges_in_a_block(
+    stock: LlamaForCausalLM, start: Callable[..., Any]
+) -> None:
+    prompt = tokens(40)
+    model = start()
+    ask(model, prompt)
+    other = prompt.clone()
+    other[0, 19] = 63 - other[0, 19] // 2
+    assert torch.equal(ask(model, other), ask(stock, other))
+    assert model.tiered_mem.num_restored_tokens == 16
+    model.tiered_mem.close()
+
+
+def test_another_model_finds_nothing(start: Callable[..., Any]) -> None:
+    prompt = tokens(40)
+    model = start()
+    ask(model, prompt)
+    model.tiered_mem.close()
+    for other in (make(seed=1), make().to(torch.bfloat16)):
+        plain = ask(copy.deepcopy(other), prompt)
+        model = start(other)
+        assert torch.equal(ask(model, prompt), plain)
+        assert model.tiered_mem.num_restored_tokens == 0
+        model.tiered_mem.close()
+
+
+@pytest.mark.parametrize("group", [0, 2, 4])
+def test_a_damaged_block_is_computed_again(
+    stock: LlamaForCausalLM, start: Callable[..., Any], tmp_path: Path, group: int
+) -> None:
+    prompt = tokens(45)
+    model = start()
+    ask(model, prompt)
+    records = model.tiered_mem.prefixes._store.match(prompt[0].numpy())
+    with model.tiered_mem.prefixes._store.store.snapshot() as snapshot:
+        offset = snapshot.extent(records[group].keys[1]).offset
+    model.tiered_mem.close()
+    with open(tmp_path / "prefixes" / "data.mdb", "r+b") as file:
+        file.seek(offset + 100)
+        byte = file.read(1)[0]
+        file.seek(offset + 100)
+        file.write(bytes([byte ^ 4]))
+    model = start()
+    assert torch.equal(ask(model, prompt), ask(stock, prompt))
+    assert model.tiered_mem.num_damaged > 0
+    seen = computed(model)
+    assert torch.equal(ask(model, prompt), ask(stock, prompt))  # whole again
+    assert seen[0] == 45 - 40
+    model.tiered_mem.close()
+    with PrefixStore.inspect(tmp_path / "prefixes") as store:
+        assert store.verify() == [] and not store.orphans
+
+
+def test_the_store_stays_below_its_capacity(
+    stock: LlamaForCausalLM, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    capacity = 1 << 20
+    model = start(prefixes_capacity=capacity)
+    for seed in range(12):
+        prompt = tokens(60, seed)
+        assert torch.equal(ask(model, prompt), ask(stock, prompt))
+    model.tiered_mem.close()
+    assert (tmp_path / "prefixes" / "data.mdb").stat().st_size <= capacity
+
+
+def test_saving_by_hand(start: Callable[..., Any]) -> None:
+    model = start()
+    prompt = tokens(30)
+    cache = model.tiered_mem.cache()
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+    assert model.tiered_mem.save(cache, prompt[0]) == 24
+    restored = model.tiered_mem.cache(prompt[0])
+    assert restored.get_seq_length() == 24
+    with torch.no_grad():
+        got = model(prompt[:, 24:], past_key_values=restored).logits
+        want = model(prompt, use_cache=False).logits[:, 24:]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="29 token ids for a cache of 30"):
+        model.tiered_mem.save(cache, prompt[0, :29])
+    cache.batch_repeat_interleave(2)
+    with pytest.raises(ConfigError, match="one sequence"):
+        model.tiered_mem.save(cache, prompt[0])
+    model.tiered_mem.close()
+
+
+def test_bad_input(stock: LlamaForCausalLM, start: Callable[..., Any]) -> None:
+    model = start()
+    with pytest.raises(StoreBusyError):
+        start()
+    model.tiered_mem.close()
+    plain = start(prefixes=None)
+    with pytest.raises(ConfigError, match="prefixes=DIRECTORY"):
+        plain.tiered_mem.save(plain.tiered_mem.cache(), tokens(3)[0])
+    plain.tiered_mem.close()
+    config = Gemma2Config(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=8,
+    )
+    with pytest.raises(UnsupportedModelError, match="Sliding"):
+        start(Gemma2ForCausalLM(config))

@@ -1,0 +1,169 @@
+"""Prefixes of a model's caches that survive a restart: only what is new of a prompt is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+from tiered_mem.errors import ConfigError, UnsupportedModelError
+from tiered_mem.hf.kv_cache import TieredCache
+from tiered_mem.keys import BlockKey
+from tiered_mem.kv_space import KvSpace
+from tiered_mem.prefix_index import Record, group_hash
+from tiered_mem.prefixes import Group, PrefixStore
+
+_GROUPS_AT_A_TIME = 8  # in memory, and in one transaction
+_SAMPLE_NBYTES = 4096  # of every parameter, to tell models apart
+
+TokenIds = npt.NDArray[np.int64]
+
+
+class Prefixes:
+    """The stored prefixes of one model. Safe to share between threads."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        space: KvSpace,
+        block_tokens: int,
+        directory: str | Path,
+        capacity: int | None,
+    ) -> None:
+        """Open the store in `directory`, or make one. `capacity` limits its file's bytes.
+
+        Raises `UnsupportedModelError` if the model's cache has more than blocks, and as
+        `PrefixStore.open`.
+        """
+        _require_blocks_alone(model, TieredCache(space, model.config, block_tokens))
+        layout = {"block_tokens": block_tokens, "dtype": str(model.dtype)}
+        self._space = space
+        self._block_tokens = block_tokens
+        self._lock = threading.RLock()
+        self._store = PrefixStore.open(
+            directory, fingerprint=fingerprint(model), layout=layout, capacity=capacity
+        )
+
+    @property
+    def num_damaged(self) -> int:
+        """Groups that were found damaged, and dropped with what came after them."""
+        return self._store.num_damaged
+
+    def restore(self, cache: TieredCache, token_ids: torch.Tensor) -> int:
+        """Put the longest stored prefix of `token_ids` (1-D) into an empty cache.
+
+        Nothing is read yet: its blocks are where they are. At least one token stays to be computed.
+        Returns the number of tokens restored.
+        """
+        with self._lock, ExitStack() as held:
+            records = self._store.match(_as_ids(token_ids)[:-1])
+            if not records:
+                return 0
+            held.enter_context(self._store.hold(records))
+            snapshot = held.enter_context(self._store.store.snapshot())
+            keys, extents = self._store.extents(records, snapshot)
+            places = dict(zip(keys, extents, strict=True))
+            owner = {(record.index): record for record in records}
+
+            def damaged(key: BlockKey) -> None:
+                with self._lock:
+                    self._store.damaged(owner[key.index])
+
+            for layer in cache.tiered_layers():
+                own = [(key, places[key]) for key in keys if key.layer == layer.number]
+                layer.adopt(own, damaged)
+            # Places are right while the snapshot is open: as long as the cache is there.
+            weakref.finalize(cache, held.pop_all().close)
+            return len(records) * self._block_tokens
+
+    def save(self, cache: TieredCache, token_ids: torch.Tensor) -> int:
+        """Store the whole blocks of a cache of one sequence, whose tokens `token_ids` (1-D) are.
+
+        Returns the number of tokens that are stored now. Raises `ConfigError` if they are fewer
+        than the cache has, or it has several sequences; `StoreFullError`.
+        """
+        ids = _as_ids(token_ids)
+        layers = cache.tiered_layers()
+        if any(len(layer.rows) > 1 for layer in layers):
+            raise ConfigError("a stored prefix is of one sequence: this cache has several")
+        if len(ids) < cache.get_seq_length():
+            raise ConfigError(
+                f"{len(ids)} token ids for a cache of {cache.get_seq_length()} tokens: give all"
+            )
+        num_groups = min(layer.num_sealed for layer in layers) // self._block_tokens
+        with self._lock:
+            pending: list[Group] = []
+            for group in self._new_groups(cache, ids, num_groups):
+                pending.append(group)
+                if len(pending) == _GROUPS_AT_A_TIME:
+                    self._store.save(pending)
+                    pending = []
+            if pending:
+                self._store.save(pending)
+        return num_groups * self._block_tokens
+
+    def close(self) -> None:
+        with self._lock:
+            self._store.close()
+
+    def _new_groups(self, cache: TieredCache, ids: TokenIds, num_groups: int) -> Iterator[Group]:
+        known: list[Record] = self._store.match(ids[: num_groups * self._block_tokens])
+        parent = known[-1].hash if known else self._store.root
+        for number in range(len(known), num_groups):
+            tokens = ids[number * self._block_tokens : (number + 1) * self._block_tokens]
+            blocks = [(layer.number, layer.read_block(number)) for layer in cache.tiered_layers()]
+            yield Group(parent, tokens, blocks)
+            parent = group_hash(parent, tokens)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return what tells models apart: config, and a sample of every parameter there is.
+
+    Parameters on meta (experts of a wrapped model) count by the fingerprint of their store.
+    """
+    digest = hashlib.blake2b(digest_size=32)
+    config = model.config.to_diff_dict()
+    for volatile in ("_name_or_path", "transformers_version", "architectures"):
+        config.pop(volatile, None)
+    digest.update(repr(sorted(config.items(), key=lambda item: item[0])).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if parameter.device.type != "meta":
+            sample = parameter.detach().reshape(-1)[: _SAMPLE_NBYTES // parameter.element_size()]
+            digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    store = getattr(getattr(model, "tiered_mem", None), "store", None)
+    if store is not None:
+        digest.update(str(store.metadata.get("experts", {}).get("fingerprint")).encode())
+    return digest.hexdigest()
+
+
+def _require_blocks_alone(model: PreTrainedModel, cache: TieredCache) -> None:
+    others = {type(layer).__name__ for layer in cache.layers} - {"TieredLayer"}
+    if others:
+        raise UnsupportedModelError(
+            f"model type {model.config.model_type!r} has more than blocks in its cache "
+            f"({', '.join(sorted(others))}), which can't be stored with them yet: use its KV "
+            "without a store of prefixes"
+        )
+
+
+def _as_ids(token_ids: torch.Tensor | Sequence[int]) -> TokenIds:
+    ids = np.asarray(torch.as_tensor(token_ids).cpu().numpy(), np.int64)
+    if ids.ndim != 1:
+        raise ConfigError(f"token ids of one sequence have one dimension, not {ids.ndim}")
+    return ids
+
+
+def single(token_ids: Any) -> torch.Tensor | None:
+    """Return the ids of a batch of one sequence, 1-D; None of anything else."""
+    one = isinstance(token_ids, torch.Tensor) and token_ids.ndim == 2 and token_ids.shape[0] == 1
+    return token_ids[0] if one else None
