@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from tiered_mem.cli import output
+from tiered_mem.cli.conversation import Conversation
 from tiered_mem.cli.pack import Codec, CodecOption, Dtype, DtypeOption
 
 
@@ -25,6 +26,19 @@ def run(
     nvme: Annotated[
         Path | None,
         typer.Option(help="The store's directory, packed on first use. Default: a temporary one."),
+    ] = None,
+    kv: Annotated[
+        str | None, typer.Option(help="Budget of keys and values: 256MiB. Default: all in memory.")
+    ] = None,
+    kv_dram: Annotated[
+        str | None, typer.Option(help="Second tier of keys and values. Default: none.")
+    ] = None,
+    session: Annotated[
+        str | None,
+        typer.Option(
+            help="Go on with the conversation stored under this name, and store it again. Needs "
+            "--kv and --nvme, where it is kept."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     check: Annotated[
@@ -44,7 +58,14 @@ def run(
     import tiered_mem
 
     quiet_transformers()
-    question = _Question(checkpoint, prompt, max_new_tokens, temperature, seed, dtype.value)
+    conversation = None
+    if session is not None:
+        if kv is None or nvme is None:
+            raise typer.BadParameter("a session needs --kv and --nvme, the directory it is kept in")
+        conversation = Conversation(nvme, session)
+    question = _Question(
+        checkpoint, prompt, max_new_tokens, temperature, seed, dtype.value, conversation
+    )
     with output.progress_bar("packing", hidden=as_json) as progress:
         model = tiered_mem.from_pretrained(
             checkpoint,
@@ -55,17 +76,26 @@ def run(
             eviction=eviction,
             prefetch=prefetch,
             codec=codec.value,
+            kv=kv,
+            kv_dram=kv_dram,
+            prefixes=None if conversation is None else conversation.prefixes,
             dtype=dtype.value,
             progress=progress,
         )
     handle = model.tiered_mem
     with closing(handle):
-        with output.progress_bar("loading", hidden=as_json) as progress:
-            handle.fill(progress)
-        handle.reset_stats()
+        dense = isinstance(handle, tiered_mem.KvPool)
+        pool = handle if dense else handle.kv
+        if not dense:
+            with output.progress_bar("loading", hidden=as_json) as progress:
+                handle.fill(progress)
+            handle.reset_stats()
         answer = question.ask(model, stream=not as_json)
-        stats, report, budgets = handle.stats(), handle.prefetch_report(), handle.budgets
-        backend = handle.runtime.backend
+        report = {"layers": {}} if dense else handle.prefetch_report()
+        stats, budgets, backend = handle.stats(), handle.budgets, handle.runtime.backend
+        kv_report = None if pool is None else _kv_report(pool)
+        if conversation is not None:
+            conversation.save(answer.sequence)
     place = backend.name
     same = question.ask(question.load_stock(place)).tokens == answer.tokens if check else None
     if as_json:
@@ -81,12 +111,16 @@ def run(
                 "dram_nbytes": budgets.dram,
                 "stats": stats.as_dict(),
                 "prefetch": report,
+                "kv": kv_report,
                 "same_as_without_offload": same,
             }
         )
     else:
         print()
-        output.print_table(_rows(answer, stats, report, budgets, backend))
+        rows = _rows(answer, stats, report, budgets, backend)
+        if kv_report is not None:
+            rows = (rows[:2] if dense else rows) + _kv_rows(kv_report)
+        output.print_table(rows)
         if same is not None:
             verdict = "identical to" if same else "DIFFERENT from"
             print(f"\nThe tokens are {verdict} those of the model without offload.")
@@ -98,6 +132,7 @@ def run(
 class _Answer:
     """The new tokens. The first one includes the prompt's time; the rate is of those after it."""
 
+    sequence: list[int]  # prompt and answer
     tokens: list[int]
     text: str
     num_prompt_tokens: int
@@ -116,7 +151,10 @@ class _Question:
         temperature: float,
         seed: int,
         dtype: str,
+        conversation: Conversation | None,
     ) -> None:
+        import torch
+
         from tiered_mem.errors import ConfigError
 
         self._checkpoint, self._prompt, self._seed, self._dtype = checkpoint, prompt, seed, dtype
@@ -126,6 +164,10 @@ class _Question:
             raise ConfigError(
                 "the prompt has no token: give --prompt some text, and the model its tokenizer"
             )
+        if conversation is not None:
+            before = torch.tensor([conversation.tokens], dtype=torch.long)
+            ids = torch.cat([before, self._inputs["input_ids"]], 1)
+            self._inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self._options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
         if temperature > 0:
             self._options |= {"do_sample": True, "temperature": temperature}
@@ -158,6 +200,7 @@ class _Question:
         tokens = whole[0, num_prompt_tokens:].tolist()
         first, last = clock.ticks[1] - clock.ticks[0], clock.ticks[-1] - clock.ticks[1]
         return _Answer(
+            sequence=whole[0].tolist(),
             tokens=tokens,
             text=self._tokenizer.decode(tokens, skip_special_tokens=True),
             num_prompt_tokens=num_prompt_tokens,
@@ -254,6 +297,33 @@ def _what_plays_hbm(backend: Any) -> str:
     if backend.name == "cpu":
         return "; host memory plays its part"
     return f" of the memory that {backend.name} shares with the CPU"
+
+
+def _kv_report(pool: Any) -> dict[str, Any]:
+    return {
+        "hbm_nbytes": pool.budgets.hbm,
+        "dram_nbytes": pool.budgets.dram,
+        "num_restored_tokens": pool.num_restored_tokens,
+        "num_damaged": pool.num_damaged,
+        "stats": pool.stats().as_dict(),
+    }
+
+
+def _kv_rows(report: dict[str, Any]) -> list[list[str]]:
+    from tiered_mem.config import format_size as size
+
+    moved = report["stats"]["nbytes_moved"]
+    rows = [
+        ["KV in HBM", size(report["hbm_nbytes"])],
+        ["KV in DRAM", size(report["dram_nbytes"])],
+        ["KV from DRAM", size(moved["dram_to_hbm"])],
+        ["KV from NVMe", size(moved["nvme_to_hbm"])],
+    ]
+    if report["num_restored_tokens"]:
+        rows.append(["restored", f"{report['num_restored_tokens']} tokens, not computed again"])
+    if report["num_damaged"]:
+        rows.append(["damaged", f"{report['num_damaged']} stored blocks, computed again"])
+    return rows
 
 
 _TIERS = {"nvme": "NVMe", "dram": "DRAM", "hbm": "HBM"}

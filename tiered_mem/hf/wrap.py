@@ -68,6 +68,7 @@ def from_pretrained(
     runtime: Runtime | None = None,
     kv: Size | None = None,
     kv_dram: Size | None = None,
+    prefixes: str | Path | None = None,
     model_class: type[Any] | None = None,
     progress: Progress | None = None,
     **hf_kwargs: Any,
@@ -98,6 +99,8 @@ def from_pretrained(
         kv, kv_dram: Budgets of keys and values in HBM and in DRAM (default: none), apart from the
             experts'; what doesn't fit goes to `nvme`. Default: transformers' own cache, all in
             memory. See `tiered_mem.tier_kv`.
+        prefixes: With `kv`: a directory where prompts and answers are kept, so that one that starts
+            with the same tokens computes only the rest, after a restart as well.
         model_class: transformers class to load with, if not the checkpoint's own.
         progress: Called with (bytes, bytes in all) while packing.
         **hf_kwargs: What `from_pretrained` of transformers takes.
@@ -119,6 +122,8 @@ def from_pretrained(
     }
     if kv is None and kv_dram is not None:
         raise ConfigError("kv_dram is a second tier for what kv=... holds: give kv, too")
+    if kv is None and prefixes is not None:
+        raise ConfigError("prefixes are stored from what kv=... holds: give kv, too")
     path = str(path_or_id)
     try:
         model = _load(path, device, nvme, model_class, progress, dict(hf_kwargs), **experts)
@@ -128,7 +133,7 @@ def from_pretrained(
         model = _load_dense(path, device, model_class, hf_kwargs)
     if kv is not None:
         try:
-            tier_kv(model, kv, dram=kv_dram or 0, nvme=nvme)
+            tier_kv(model, kv, dram=kv_dram or 0, nvme=nvme, prefixes=prefixes)
         except BaseException:
             if hasattr(model, "tiered_mem"):
                 model.tiered_mem.close()
