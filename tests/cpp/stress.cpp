@@ -2,6 +2,7 @@
 // address,undefined. Exits with 0 if every slot held its block's bytes.
 //
 //   stress FILE SECONDS
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -61,6 +62,41 @@ void work(Tiers& tiers, const std::byte* memory, std::uint64_t stream,
   }
 }
 
+// Blocks that come from the caller, sometimes without their bytes: read back from whichever tier
+// they are in, then forgotten.
+void make_and_forget(Tiers& tiers, const Blocks& blocks, std::byte* memory,
+                     const std::atomic<bool>& stop) {
+  constexpr std::uint64_t kStream = kNumThreads;
+  std::mt19937 rng(7);
+  while (!stop) {
+    const int layer = static_cast<int>(rng() % kNumLayers);
+    const int index = static_cast<int>(rng() % kNumExperts);
+    if (damaged(layer, index)) continue;
+    const Key known = key_of(0, layer, index), made = key_of(1, layer, index);
+    const auto place = std::find(blocks.keys.begin(), blocks.keys.end(), known);
+    tiers.add_blocks({made},
+                     {blocks.extents[static_cast<std::size_t>(place - blocks.keys.begin())]});
+    try {
+      const auto created = tiers.create(&made, 1, kStream, 0);
+      if (rng() % 8 != 0) {
+        fill(known, memory + created->slots()[0]);
+        created->repaired(0);
+      }
+      created->release();
+      for (int i = 0; i < 2; ++i) {
+        const auto event = tiers.acquire(&made, 1, kStream, true);
+        std::vector<Event::Failure> failures;
+        event->wait_any(failures);
+        check(failures.empty(), "a block that was made");
+        check_bytes(known, memory + event->slots()[0]);
+        event->release();
+      }
+    } catch (const EventTooLarge&) {  // between two resizes
+    }
+    tiers.remove_blocks({made});
+  }
+}
+
 void shake(Tiers& tiers, std::uint64_t hbm, std::uint64_t dram, const std::atomic<bool>& stop) {
   std::mt19937 rng(99);
   while (!stop) {
@@ -87,6 +123,12 @@ void run(const Blocks& blocks, const char* eviction, double seconds, bool close_
   for (int i = 0; i < kNumThreads; ++i)
     threads.emplace_back(
         [&, i] { work(*tiers, memory->data(), static_cast<std::uint64_t>(i), stop); });
+  threads.emplace_back([&] {
+    try {
+      make_and_forget(*tiers, blocks, memory->data(), stop);
+    } catch (const RuntimeClosed&) {
+    }
+  });
   std::thread shaker([&] {
     try {
       shake(*tiers, config.hbm_nbytes, config.dram_nbytes, stop);
