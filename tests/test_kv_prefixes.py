@@ -188,6 +188,39 @@ def test_saving_by_hand(start: Callable[..., Any]) -> None:
     model.tiered_mem.close()
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
+def test_other_ways_of_decoding_start_from_what_is_stored(
+    stock: LlamaForCausalLM, start: Callable[..., Any], options: dict[str, int]
+) -> None:
+    prompt = tokens(40)
+    model = start()
+    ask(model, prompt, 5)
+    want = stock.generate(prompt, max_new_tokens=20, do_sample=False, **options)
+    got = model.generate(prompt, max_new_tokens=20, do_sample=False, **options)
+    assert torch.equal(got, want)
+    assert model.tiered_mem.num_restored_tokens == (32 if "num_beams" in options else 0)
+    assert torch.equal(ask(model, got), ask(stock, got))  # nothing wrong was stored
+    model.tiered_mem.close()
+
+
+def test_what_ids_alone_do_not_decide_is_not_stored(
+    stock: LlamaForCausalLM, start: Callable[..., Any]
+) -> None:
+    prompt = tokens(40)
+    mask = torch.ones_like(prompt)
+    mask[0, :7] = 0
+    model = start()
+    for _ in range(2):
+        got = model.generate(prompt, attention_mask=mask, max_new_tokens=9, do_sample=False)
+        want = stock.generate(prompt, attention_mask=mask, max_new_tokens=9, do_sample=False)
+        assert torch.equal(got, want)
+        assert torch.equal(ask(model, prompt), ask(stock, prompt))
+    embeds = model.get_input_embeddings()(prompt)
+    model.generate(inputs_embeds=embeds, max_new_tokens=9)
+    assert model.tiered_mem.num_restored_tokens == 32  # of the second plain prompt
+    model.tiered_mem.close()
+
+
 def test_bad_input(stock: LlamaForCausalLM, start: Callable[..., Any]) -> None:
     model = start()
     with pytest.raises(StoreBusyError):

@@ -25,7 +25,7 @@ from tiered_mem.errors import (
 from tiered_mem.hf import kv_attention
 from tiered_mem.hf.device import require_one_device, usable
 from tiered_mem.hf.kv_cache import BLOCK_TOKENS, TieredCache
-from tiered_mem.hf.kv_prefixes import Prefixes, single
+from tiered_mem.hf.kv_prefixes import Prefixes, is_of, prompt_of
 from tiered_mem.hf.overrides import Overrides
 from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
 from tiered_mem.runtime import Runtime
@@ -218,7 +218,9 @@ def _with_cache(pool: KvPool, generate: Any) -> Any:
         given = kwargs.get("past_key_values") is not None or option("cache_implementation")
         if given or option("use_cache") is False:
             return generate(*args, **kwargs)
-        prompt = single(kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None)))
+        # Assisted decoding of transformers goes wrong from any cache that isn't empty.
+        assisted = kwargs.get("assistant_model") or option("prompt_lookup_num_tokens")
+        prompt = None if own.prefixes is None or assisted else prompt_of(args, kwargs)
         while True:
             num_damaged = own.num_damaged
             cache = own.cache(prompt)
@@ -232,7 +234,7 @@ def _with_cache(pool: KvPool, generate: Any) -> Any:
             break
         if option("return_dict_in_generate"):  # the caller gets the cache
             return result
-        if own.prefixes is not None and prompt is not None and len(result) == 1:
+        if own.prefixes is not None and prompt is not None and is_of(cache, result):
             own.prefixes.save(cache, result[0])
         cache.close()
         return result

@@ -212,14 +212,16 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
             return
         places, damaged = self._adopted
         self._adopted = None
-        if len(self.rows) != 1:
-            raise ConfigError(f"a stored prefix is of one sequence: the batch has {len(self.rows)}")
         if any(extent.nbytes != self.block_nbytes for _, extent in places):
             raise ConfigError(
                 f"stored blocks of layer {self.number} aren't of {self.block_nbytes} bytes: they "
                 "are another model's; use another store"
             )
-        self.rows[0].extend(self.space.adopt(self.number, places, damaged))
+        indices = self.space.adopt(self.number, places, damaged)
+        self.rows[0].extend(indices)
+        for table in self.rows[1:]:  # beams of the one sequence
+            self.space.share(self.number, indices)
+            table.extend(indices)
 
     def get_seq_length(self) -> int:
         if self._adopted is not None:

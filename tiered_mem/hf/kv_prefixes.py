@@ -163,7 +163,27 @@ def _as_ids(token_ids: torch.Tensor | Sequence[int]) -> TokenIds:
     return ids
 
 
-def single(token_ids: Any) -> torch.Tensor | None:
-    """Return the ids of a batch of one sequence, 1-D; None of anything else."""
-    one = isinstance(token_ids, torch.Tensor) and token_ids.ndim == 2 and token_ids.shape[0] == 1
-    return token_ids[0] if one else None
+def prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Return the token ids (1-D) of a call of `generate` that nothing but they decide.
+
+    None where there are several sequences, padding, or other tensors (images, embeddings ...),
+    which would make other keys and values of the same ids.
+    """
+    kwargs = dict(kwargs)
+    ids = kwargs.pop("input_ids", None)
+    if ids is None:
+        ids = kwargs.pop("inputs", args[0] if args else None)
+    mask = kwargs.pop("attention_mask", None)
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[0] != 1:
+        return None
+    if ids.is_floating_point() or (mask is not None and not bool((mask == 1).all())):
+        return None
+    if any(isinstance(value, torch.Tensor) for value in kwargs.values()):
+        return None
+    return ids[0]
+
+
+def is_of(cache: TieredCache, result: torch.Tensor) -> bool:
+    """Whether a cache is that of the one sequence that `generate` returned."""
+    rows = {len(layer.rows) for layer in cache.tiered_layers()}
+    return len(result) == 1 and rows == {1} and result.shape[1] >= cache.get_seq_length()
