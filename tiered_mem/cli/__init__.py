@@ -14,7 +14,18 @@ from typing import cast
 
 import typer
 
-from tiered_mem.cli import compare, doctor, output, pack, policies, run, trace, train_head, verify
+from tiered_mem.cli import (
+    compare,
+    doctor,
+    kv,
+    output,
+    pack,
+    policies,
+    run,
+    trace,
+    train_head,
+    verify,
+)
 from tiered_mem.errors import TieredMemError
 
 # Newer typer carries click's classes itself, older typer uses click's.
@@ -38,6 +49,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(trace.app, name="trace")
+app.add_typer(kv.app, name="kv")
 app.command("train-head")(train_head.train_head)
 
 
