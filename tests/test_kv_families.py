@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import families
 import kv_families
 import pytest
 
 TABLE = Path(__file__).parent.parent / "docs" / "kv_families.md"
 
 
-@pytest.mark.parametrize(
-    "name", sorted({*families.families(), *kv_families.DENSE} - kv_families.NO_MODEL.keys())
-)
+@pytest.mark.parametrize("name", kv_families.TESTED)
 def test_tokens_are_those_of_the_stock_cache(name: str) -> None:
     outcome = kv_families.try_family(name)
     rows = TABLE.read_text().splitlines()
