@@ -82,6 +82,15 @@ def check_guesses(results: dict[str, Any]) -> None:
     assert results["summary"]["worst_ratio"]["is"] == highest
 
 
+def check_context(results: dict[str, Any]) -> None:
+    summary = results["summary"]
+    assert summary["same_tokens"]
+    assert summary["largest_logit_difference"] < 1e-4
+    assert summary["small_mb_read_per_token"] > 0
+    assert summary["small_hbm_nbytes"] <= summary["small_budget_nbytes"]
+    assert set(results["rounds"]) == {"memory", "whole", "small"}
+
+
 def check_overhead(results: dict[str, Any]) -> None:
     summary = results["summary"]
     assert {"acquire", "wait_any", "release", "whole"} == set(summary["event_us"])
@@ -149,6 +158,7 @@ CHECKS = {
     "bench_decode": check_decode,
     "bench_fidelity": check_fidelity,
     "bench_guesses": check_guesses,
+    "bench_context": check_context,
     "bench_overhead": check_overhead,
     "bench_policies": check_policies,
     "bench_prefetch": check_prefetch,
