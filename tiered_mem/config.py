@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from tiered_mem import cgroup
+from tiered_mem.callers import stacklevel
 from tiered_mem.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ class Budgets:
                 f"{format_size(needs.cycle_nbytes)} ({needs.cycle_nbytes} bytes: top-k experts of "
                 f"every layer); {eviction} over all layers hits {so}",
                 BudgetWarning,
-                stacklevel=3,
+                stacklevel=stacklevel(),
             )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tiered_mem.callers import stacklevel
 from tiered_mem.device import Backend, backend_for
 from tiered_mem.errors import ConfigError, DeviceError
 from tiered_mem.hf.grouped import may_have_kernel
@@ -284,10 +285,10 @@ def refuse_moves(overrides: Overrides, device: torch.device) -> None:
 
 @functools.cache
 def warn_of_unused_gpu() -> None:
-    """Warn, once in a process and at the line of the caller's caller, that no GPU is used."""
+    """Warn, once in a process, that no GPU is used."""
     if torch.accelerator.is_available():
         warnings.warn(
             f"the model goes to the CPU, and host memory plays HBM's part; device='auto' would use "
             f"{_accelerator()}",
-            stacklevel=3,
+            stacklevel=stacklevel(),
         )

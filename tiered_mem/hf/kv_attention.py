@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from tiered_mem.callers import stacklevel
 from tiered_mem.errors import ConfigError, UnsupportedModelError
 
 _MOST_SCORES = 1 << 23  # elements of scores at a time: 32 MiB
@@ -113,7 +114,7 @@ def use_tiered_attention(model: PreTrainedModel) -> str | None:
         warnings.warn(
             f"{type(model).__name__} doesn't let its attention be replaced: each layer's keys and "
             "values are put together in memory at every step, one layer at a time",
-            stacklevel=4,
+            stacklevel=stacklevel(),
         )
         return None
     model.set_attn_implementation(_PREFIX + stock)
