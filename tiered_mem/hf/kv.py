@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +28,7 @@ from tiered_mem.hf.kv_prefixes import Prefixes, is_of, prompt_of
 from tiered_mem.hf.overrides import Overrides
 from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
 from tiered_mem.runtime import Runtime
+from tiered_mem.scratch import make_scratch, store_in
 from tiered_mem.stats import Stats
 from tiered_mem.store import Store
 
@@ -61,9 +61,10 @@ class KvPool:
         self.num_restored_tokens = 0  # that were stored, and so needn't be computed
         TieredCache.check(model.config, block_tokens)
         with ExitStack() as undo:
-            directory = _scratch_directory(nvme, undo)
+            scratch = make_scratch(nvme)
+            undo.callback(shutil.rmtree, scratch, ignore_errors=True)
             # What is in it is of no use after this process, and so needn't reach the disk in time.
-            store = Store.open(directory, mode="w", durable=False)
+            store = Store.open(store_in(scratch), mode="w", durable=False)
             undo.callback(store.close)
             self.runtime = Runtime.from_budgets(budgets, eviction=policy, device=backend)
             undo.callback(self.runtime.close)
@@ -240,17 +241,6 @@ def _with_cache(pool: KvPool, generate: Any) -> Any:
         return result
 
     return generate_tiered
-
-
-def _scratch_directory(nvme: str | Path | None, undo: ExitStack) -> Path:
-    if nvme is not None:
-        parent = Path(nvme)
-        if parent.exists() and not parent.is_dir():
-            raise ConfigError(f"{parent} is a file: give a directory for KV blocks")
-        parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix="kv-", dir=nvme)
-    undo.callback(shutil.rmtree, scratch, ignore_errors=True)
-    return Path(scratch) / "store"
 
 
 def _give_back(resources: ExitStack, process: int) -> None:
