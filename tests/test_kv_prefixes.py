@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -14,6 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 import tiered_mem
 from tiered_mem.errors import ConfigError, StoreBusyError, UnsupportedModelError
 from tiered_mem.prefixes import PrefixStore
+from tiered_mem.snapshot import pack_key
 
 BLOCK_TOKENS = 8
 
@@ -165,6 +167,49 @@ def test_the_store_stays_below_its_capacity(
         assert torch.equal(ask(model, prompt), ask(stock, prompt))
     model.tiered_mem.close()
     assert (tmp_path / "prefixes" / "data.mdb").stat().st_size <= capacity
+
+
+def test_what_caches_hold_keeps_no_room_from_others(
+    stock: LlamaForCausalLM, start: Callable[..., Any]
+) -> None:
+    model = start(prefixes_capacity=2 << 20)
+    base = tokens(64)
+    ask(model, base, 8)
+    kept = model.tiered_mem.cache(base[0])
+    for seed in range(12):  # each evicts what others stored, but not what all start with
+        prompt = torch.cat([base, tokens(200, seed)], 1)
+        assert torch.equal(ask(model, prompt, 8), ask(stock, prompt, 8))
+    with torch.no_grad():
+        got = model(base[:, 56:], past_key_values=kept).logits
+        want = model(base, use_cache=False).logits[:, 56:]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    model.tiered_mem.close()
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_damaged_catalogue_cuts_the_prefix(
+    stock: LlamaForCausalLM, start: Callable[..., Any], tmp_path: Path, missing: bool
+) -> None:
+    prompt = tokens(45)
+    model = start()
+    ask(model, prompt)
+    record = model.tiered_mem.prefixes._store.match(prompt[0].numpy())[2]
+    model.tiered_mem.close()
+    with lmdb.open(str(tmp_path / "prefixes"), max_dbs=3, map_size=1 << 30) as env:
+        catalogue = env.open_db(b"catalogue")
+        name = pack_key(record.keys[1])
+        with env.begin(catalogue, write=True) as txn:
+            entry = bytearray(txn.pop(name))
+            entry[9] ^= 4
+            if not missing:
+                txn.put(name, bytes(entry))
+    model = start()
+    assert torch.equal(ask(model, prompt), ask(stock, prompt))
+    assert model.tiered_mem.num_restored_tokens == 2 * BLOCK_TOKENS
+    assert model.tiered_mem.num_damaged > 0
+    model.tiered_mem.close()
+    with PrefixStore.inspect(tmp_path / "prefixes") as store:
+        assert store.verify() == [] and not store.orphans
 
 
 def test_saving_by_hand(start: Callable[..., Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,6 @@ from tiered_mem.prefix_index import (
     group_hash,
     root_hash,
 )
-from tiered_mem.snapshot import Snapshot
 from tiered_mem.store import Store, Transaction
 
 _FORMAT = "kv prefixes 1"
@@ -75,7 +73,7 @@ class PrefixStore:
         self.block_tokens = block_tokens
         self.num_damaged = 0
         self._capacity = capacity
-        self._held: Counter[bytes] = Counter()
+        self._held: dict[object, list[bytes]] = {}
         self._touched: set[bytes] = set()
         self._load()
 
@@ -239,7 +237,8 @@ class PrefixStore:
             )
 
     def _evict(self, nbytes: int, keep: Sequence[bytes] = ()) -> list[Record]:
-        victims = self.index.victims(nbytes, self._held.keys(), keep)
+        held = {name for names in list(self._held.values()) for name in names}
+        victims = self.index.victims(nbytes, held, keep)
         self._remove(victims)
         return victims
 
@@ -256,20 +255,32 @@ class PrefixStore:
 
     @contextmanager
     def hold(self, records: Sequence[Record]) -> Iterator[None]:
-        """Keep `records` from eviction while in use."""
-        names = [record.hash for record in records]
-        self._held.update(names)
+        """Keep `records` from eviction while in use. May end in a finalizer, on any thread."""
+        holder = object()
+        self._held[holder] = [record.hash for record in records]
         try:
             yield
         finally:
-            self._held = +(self._held - Counter(names))
+            del self._held[holder]
 
-    def extents(
-        self, records: Sequence[Record], snapshot: Snapshot
-    ) -> tuple[list[BlockKey], list[_core.Extent]]:
-        """Return the keys and places of all payloads. Keep `snapshot` open while they are read."""
-        keys = [key for record in records for key in record.keys]
-        return keys, snapshot.extents(keys)
+    def places(self, records: Sequence[Record]) -> list[dict[BlockKey, _core.Extent]]:
+        """Return where the payloads of each record lie, up to the first whose entry is damaged.
+
+        That one is removed as by `damaged`. Places are good while the records are held: payloads
+        don't move until they are removed. No snapshot is kept, which would keep LMDB from reusing
+        what others free. What `damaged` removes all the same fails its checksum once overwritten.
+        """
+        found: list[dict[BlockKey, _core.Extent]] = []
+        with self.store.snapshot() as snapshot:
+            for record in records:
+                try:
+                    extents = snapshot.extents(record.keys)
+                except ChecksumError:
+                    break
+                found.append(dict(zip(record.keys, extents, strict=True)))
+        if len(found) < len(records):
+            self.damaged(records[len(found)])
+        return found
 
     def read_state(self, record: Record, state: int) -> Bytes:
         """Return state `state` of a group. Raises as `Snapshot.read`."""
@@ -292,6 +303,10 @@ class PrefixStore:
         Returns how many records went.
         """
         before = len(self.index.records)
+        if self._missing:
+            for record in list(self.index.records.values()):
+                if not self._missing.isdisjoint(record.keys):
+                    self.damaged(record)
         self._remove(self.index.headless())
         self._sweep()
         if max_age is not None:

@@ -66,22 +66,26 @@ class Prefixes:
         """
         with self._lock, ExitStack() as held:
             records = self._store.match(_as_ids(token_ids)[:-1])
-            if not records:
+            places = self._store.places(records)
+            if not places:
                 return 0
+            records = records[: len(places)]
             held.enter_context(self._store.hold(records))
-            snapshot = held.enter_context(self._store.store.snapshot())
-            keys, extents = self._store.extents(records, snapshot)
-            places = dict(zip(keys, extents, strict=True))
-            owner = {(record.index): record for record in records}
+            owner = {record.index: record for record in records}
 
             def damaged(key: BlockKey) -> None:
                 with self._lock:
                     self._store.damaged(owner[key.index])
 
             for layer in cache.tiered_layers():
-                own = [(key, places[key]) for key in keys if key.layer == layer.number]
+                own = [
+                    (key, extent)
+                    for group in places
+                    for key, extent in group.items()
+                    if key.layer == layer.number
+                ]
                 layer.adopt(own, damaged)
-            # Places are right while the snapshot is open: as long as the cache is there.
+            # Places are right while the records are held: as long as the cache is there.
             weakref.finalize(cache, held.pop_all().close)
             return len(records) * self._block_tokens
 
