@@ -86,9 +86,14 @@ def check_context(results: dict[str, Any]) -> None:
     summary = results["summary"]
     assert summary["same_tokens"]
     assert summary["largest_logit_difference"] < 1e-4
-    assert summary["small_mb_read_per_token"] > 0
-    assert summary["small_hbm_nbytes"] <= summary["small_budget_nbytes"]
-    assert set(results["rounds"]) == {"memory", "whole", "small"}
+    cold_budgets = {"50%", "25%", "5%"}
+    assert set(results["rounds"]) == cold_budgets | {"dynamic", "preallocated", "whole"}
+    for name, budget in results["settings"]["budgets"].items():
+        assert 0 < summary["peak_hbm_nbytes"][name] <= budget
+    assert set(summary["cold"]) == cold_budgets
+    for found in summary["cold"].values():
+        assert found["mb_read_per_token"] > 0
+        assert found["to_strict_limit"] >= found["to_limit"]
 
 
 def check_overhead(results: dict[str, Any]) -> None:
