@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -32,6 +33,7 @@ from tiered_mem.errors import (
     TieredMemError,
     UnsupportedModelError,
 )
+from tiered_mem.hf.kv_cache import TieredCache
 
 MODEL = Path(__file__).parent.parent / "benchmarks" / "models" / "tiny-moe"
 # A block of 8 tokens has 1 KiB and takes a page: two layers' worth of one block each.
@@ -234,6 +236,18 @@ def test_other_caches_stay_possible(model: Any) -> None:
     assert_same(ask(model, inputs, use_cache=False), own)
     assert model.tiered_mem.stats().num_events == 0
     assert_same(ask(model, inputs), own)
+
+
+def test_options_from_wherever_generate_takes_them(model: Any) -> None:
+    inputs = prompts()["input_ids"]
+    for options in ({"use_cache": False}, {"cache_implementation": "dynamic"}):
+        model.generate(inputs, GenerationConfig(max_new_tokens=3, do_sample=False, **options))
+        assert model.tiered_mem.stats().num_events == 0
+    model.generation_config.return_dict_in_generate = True
+    model.generation_config.cache_implementation = "hybrid"  # the default, for transformers
+    result = model.generate(inputs, GenerationConfig(max_new_tokens=3, do_sample=False))
+    assert isinstance(result.past_key_values, TieredCache)
+    assert model.tiered_mem.stats().num_events > 0
 
 
 def test_a_cache_outlives_no_closing(model: Any) -> None:

@@ -130,6 +130,21 @@ def test_another_model_finds_nothing(start: Callable[..., Any]) -> None:
         model.tiered_mem.close()
 
 
+def flip(model: Any, prompt: torch.Tensor, group: int) -> None:
+    """Flip a bit in a stored block, and close the model."""
+    store = model.tiered_mem.prefixes._store
+    records = store.match(prompt[0].numpy())
+    with store.store.snapshot() as snapshot:
+        offset = snapshot.extent(records[group].keys[1]).offset
+    path = store.store.path / "data.mdb"
+    model.tiered_mem.close()
+    with open(path, "r+b") as file:
+        file.seek(offset + 100)
+        byte = file.read(1)[0]
+        file.seek(offset + 100)
+        file.write(bytes([byte ^ 4]))
+
+
 @pytest.mark.parametrize("group", [0, 2, 4])
 def test_a_damaged_block_is_computed_again(
     stock: LlamaForCausalLM, start: Callable[..., Any], tmp_path: Path, group: int
@@ -137,15 +152,7 @@ def test_a_damaged_block_is_computed_again(
     prompt = tokens(45)
     model = start()
     ask(model, prompt)
-    records = model.tiered_mem.prefixes._store.match(prompt[0].numpy())
-    with model.tiered_mem.prefixes._store.store.snapshot() as snapshot:
-        offset = snapshot.extent(records[group].keys[1]).offset
-    model.tiered_mem.close()
-    with open(tmp_path / "prefixes" / "data.mdb", "r+b") as file:
-        file.seek(offset + 100)
-        byte = file.read(1)[0]
-        file.seek(offset + 100)
-        file.write(bytes([byte ^ 4]))
+    flip(model, prompt, group)
     model = start()
     assert torch.equal(ask(model, prompt), ask(stock, prompt))
     assert model.tiered_mem.num_damaged > 0
@@ -212,6 +219,44 @@ def test_a_damaged_catalogue_cuts_the_prefix(
         assert store.verify() == [] and not store.orphans
 
 
+class Streamer:
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.seen.append(value.reshape(-1).tolist())
+
+    def end(self) -> None:
+        self.seen.append("end")
+
+
+def test_starting_over_is_not_seen(stock: LlamaForCausalLM, start: Callable[..., Any]) -> None:
+    prompt = tokens(45)
+    model = start()
+    ask(model, prompt)
+    flip(model, prompt, 2)
+    answers, streamers = [], [Streamer(), Streamer()]
+    for each, streamer in zip((stock, start()), streamers, strict=True):
+        torch.manual_seed(5)
+        options = {"do_sample": True, "max_new_tokens": 20, "streamer": streamer}
+        answers.append(each.generate(prompt, **options))
+    assert each.tiered_mem.num_damaged > 0
+    assert torch.equal(*answers)
+    assert streamers[0].seen == streamers[1].seen
+    each.tiered_mem.close()
+
+
+def test_an_answer_that_cannot_be_stored_is_not_lost(
+    stock: LlamaForCausalLM, start: Callable[..., Any]
+) -> None:
+    prompt = tokens(1500)
+    model = start(prefixes_capacity=1 << 20)
+    with pytest.warns(UserWarning, match=r"wasn't stored: .* no room"):
+        got = ask(model, prompt, 5)
+    assert torch.equal(got, ask(stock, prompt, 5))
+    model.tiered_mem.close()
+
+
 def test_saving_by_hand(start: Callable[..., Any]) -> None:
     model = start()
     prompt = tokens(30)
@@ -233,7 +278,9 @@ def test_saving_by_hand(start: Callable[..., Any]) -> None:
     model.tiered_mem.close()
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}]
+)
 def test_other_ways_of_decoding_start_from_what_is_stored(
     stock: LlamaForCausalLM, start: Callable[..., Any], options: dict[str, int]
 ) -> None:

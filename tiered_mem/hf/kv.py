@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
+import warnings
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tiered_mem.callers import stacklevel
 from tiered_mem.config import Budgets, Size
 from tiered_mem.errors import (
     AlreadyWrappedError,
@@ -206,41 +209,108 @@ def _check_model(model: PreTrainedModel) -> None:
 def _with_cache(pool: KvPool, generate: Any) -> Any:
     """Return the model's `generate`, with a cache of the pool where no other is asked for."""
     owner = weakref.ref(pool)
+    names = [
+        name
+        for name, parameter in inspect.signature(generate).parameters.items()
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
 
     def generate_tiered(*args: Any, **kwargs: Any) -> Any:
         own = owner()
-        if own is None:
+        if own is None or len(args) > len(names):
             return generate(*args, **kwargs)
-        config = kwargs.get("generation_config") or own.model.generation_config
+        options = {**dict(zip(names, args, strict=False)), **kwargs}
+        configs = [options.get("generation_config"), own.model.generation_config]
 
         def option(name: str) -> Any:
-            return kwargs.get(name, getattr(config, name, None))
+            values = [getattr(config, name, None) for config in configs]
+            return next((v for v in (options.get(name), *values) if v is not None), None)
 
-        given = kwargs.get("past_key_values") is not None or option("cache_implementation")
-        if given or option("use_cache") is False:
+        given = options.get("past_key_values") is not None
+        # transformers takes "hybrid", which the hub's older models say, for its default.
+        another = option("cache_implementation") not in (None, "hybrid")
+        if given or another or option("use_cache") is False:
             return generate(*args, **kwargs)
         # Assisted decoding of transformers goes wrong from any cache that isn't empty.
-        assisted = kwargs.get("assistant_model") or option("prompt_lookup_num_tokens")
-        prompt = None if own.prefixes is None or assisted else prompt_of(args, kwargs)
-        while True:
-            num_damaged = own.num_damaged
-            cache = own.cache(prompt)
-            try:
-                result = generate(*args, **{**kwargs, "past_key_values": cache})
-            except ChecksumError:
-                cache.close()
-                if own.num_damaged == num_damaged:
-                    raise
-                continue  # without the damaged block and those after it, that are dropped now
-            break
-        if option("return_dict_in_generate"):  # the caller gets the cache
-            return result
-        if own.prefixes is not None and prompt is not None and is_of(cache, result):
-            own.prefixes.save(cache, result[0])
-        cache.close()
-        return result
+        assisted = any(option(name) for name in _ASSISTED)
+        # Autocast makes keys and values of other types than the model's.
+        mixed = torch.is_autocast_enabled(own.space.backend.device.type)
+        prompt = None
+        if own.prefixes is not None and not assisted and not mixed:
+            prompt = prompt_of((), options)
+        return _generate(own, generate, prompt, options)
 
     return generate_tiered
+
+
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+def _generate(
+    own: KvPool, generate: Any, prompt: torch.Tensor | None, options: dict[str, Any]
+) -> Any:
+    """Generate with a new cache, from what is stored of `prompt`; store its whole blocks.
+
+    Starts over if stored blocks prove damaged, without them: with the same random numbers, and
+    a streamer gets every token once. Other state of the caller's (in a logits processor of its
+    own, say) goes on.
+    """
+    streamer = None
+    if options.get("streamer") is not None:
+        streamer = _Once(options["streamer"])
+        options = {**options, "streamer": streamer}
+    device = own.space.backend.device
+    while True:
+        num_damaged = own.num_damaged
+        cache = own.cache(prompt)
+        random_state = _random_states(device)
+        try:
+            result = generate(**{**options, "past_key_values": cache})
+            break
+        except ChecksumError:
+            cache.close()
+            if own.num_damaged == num_damaged:
+                raise
+        for module, state in random_state:
+            module.set_rng_state(state)
+        if streamer is not None:
+            streamer.start_over()
+    if not isinstance(result, torch.Tensor):  # return_dict_in_generate: the caller gets the cache
+        return result
+    if own.prefixes is not None and prompt is not None and is_of(cache, result):
+        try:
+            own.prefixes.save(cache, result[0])
+        except TieredMemError as error:  # the answer is worth more than its blocks
+            warnings.warn(f"an answer wasn't stored: {error}", stacklevel=stacklevel())
+    cache.close()
+    return result
+
+
+class _Once:
+    """A streamer that gets what comes again, when generation starts over, only once."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._num_passed = self._num_seen = 0
+
+    def start_over(self) -> None:
+        self._num_seen = 0
+
+    def put(self, value: Any) -> None:
+        self._num_seen += 1
+        if self._num_seen > self._num_passed:
+            self._num_passed += 1
+            self._inner.put(value)
+
+    def end(self) -> None:
+        self._inner.end()
+
+
+def _random_states(device: torch.device) -> list[tuple[Any, torch.Tensor]]:
+    modules: list[Any] = [torch]
+    if device.type != "cpu":
+        modules.append(torch.get_device_module(device))
+    return [(module, module.get_rng_state()) for module in modules]
 
 
 def _give_back(resources: ExitStack, process: int) -> None:
