@@ -152,6 +152,33 @@ def test_threads(space: KvSpace) -> None:
     assert not failures
 
 
+def test_closing_while_threads_make_blocks(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    def work(space: KvSpace, begun: threading.Barrier) -> None:
+        begun.wait()
+        try:
+            while True:
+                space.release(0, space.create(0, [block(1)] * 9))
+        except BaseException as error:
+            errors.append(error)
+
+    for i in range(15):
+        store = Store.open(tmp_path / str(i), mode="w", durable=False)
+        runtime = Runtime(4 * NBYTES)
+        space, begun = runtime.attach_kv(store), threading.Barrier(4)
+        space.add_layer(0, NBYTES)
+        threads = [threading.Thread(target=work, args=(space, begun)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        begun.wait()
+        for part in (space, runtime, store):  # whoever writes to the store ends before it closes
+            part.close()
+        for thread in threads:
+            thread.join()
+    assert {type(error) for error in errors} == {RuntimeClosedError}
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 9))))
 def test_it_is_a_dictionary_with_counts(

@@ -54,7 +54,9 @@ class KvSpace:
         self._users: Counter[int] = Counter()  # by packed key
         self._abandoned: deque[list[int]] = deque()
         self._lock = threading.RLock()
-        self._writing = threading.Lock()
+        # Held while the store is written to, or the core told of blocks: closing waits for it.
+        # Re-entrant: the garbage collector may close a model in the middle of anything.
+        self._writing = threading.RLock()
         self._closed = False
         self._tensor: Any = None
 
@@ -102,8 +104,7 @@ class KvSpace:
 
         Raises `StoreFullError`, `StoreError` (then none of them is kept), `RuntimeClosedError`.
         """
-        if self.closed:
-            raise RuntimeClosedError(GIVEN_BACK)
+        self._check_open()
         self._drop_abandoned()
         nbytes = self._sizes[layer]
         for block in blocks:
@@ -132,14 +133,15 @@ class KvSpace:
         Their places must stay right as long as they have users. `damaged` is told the block's key
         there if its checksum fails. Raises `ConfigError` for a block of another size.
         """
-        if self.closed:
-            raise RuntimeClosedError(GIVEN_BACK)
+        self._check_open()
         with self._lock:
             first = self._next[layer]
             self._next[layer] += len(places)
         indices = list(range(first, first + len(places)))
         keys = self._pack(layer, indices)
-        self.tiers.add_blocks(keys, [extent for _, extent in places])
+        with self._writing:
+            self._check_open()
+            self.tiers.add_blocks(keys, [extent for _, extent in places])
         with self._lock:
             self._users.update(keys.tolist())
             for key, (there, _) in zip(keys.tolist(), places, strict=True):
@@ -187,12 +189,13 @@ class KvSpace:
         """Return the bytes of a slot as a tensor on the device: uint8, [nbytes], not a copy."""
         if not self.backend.in_place:
             return self.backend.view(slot, nbytes)
-        if self._tensor is None:
+        tensor = self._tensor  # another thread may close
+        if tensor is None:
             if self._closed:
                 raise RuntimeClosedError(GIVEN_BACK)
             memory = np.frombuffer(memoryview(self.tiers.hbm_memory()), np.uint8)
-            self._tensor = self.backend.wrap(memory)
-        return self._tensor[slot : slot + nbytes]
+            tensor = self._tensor = self.backend.wrap(memory)
+        return tensor[slot : slot + nbytes]
 
     def mend(self, key: BlockKey, slot: int, error: ChecksumError) -> None:
         """Raise: what a block of KV was computed from isn't here."""
@@ -207,13 +210,18 @@ class KvSpace:
 
     def close(self) -> None:
         """Forget all blocks, once events and transfers have ended. The store is the caller's."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._writing:
+            if self._closed:
+                return
+            self._closed = True
         self.tiers.remove_space(self._number)
         self._tensor = None
         with self.runtime._lock:
             self.runtime._spaces.pop(self._number, None)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeClosedError(GIVEN_BACK)
 
     def _pack(self, layer: int, indices: Sequence[int]) -> KeyArray:
         base = np.uint64(BlockKey(Kind.KV, layer, 0, self._number).pack())
@@ -224,6 +232,7 @@ class KvSpace:
         # A place is good for as long as its block isn't rewritten or deleted. Neither happens
         # before `_forget`, when nobody reads it any more, so no snapshot is kept.
         with self._writing:
+            self._check_open()
             staged = self._staging(layer)
             as_tensor = HOST.wrap(staged.view(np.ndarray))
             with self.store.transaction() as txn:
@@ -232,7 +241,7 @@ class KvSpace:
                     txn.put(key, staged)  # LMDB has its own copy then
             with self.store.snapshot() as snapshot:
                 extents: list[_core.Extent] = snapshot.extents(keys)
-        self.tiers.add_blocks(self._pack(layer, indices), extents)
+            self.tiers.add_blocks(self._pack(layer, indices), extents)
 
     def _staging(self, layer: int) -> Bytes:
         """Return memory for one block on its way to the store, made once by size."""
@@ -252,6 +261,9 @@ class KvSpace:
             event = self.tiers.create(keys, threading.get_ident(), self.backend.compute())
         except EventTooLargeError:
             return  # HBM has shrunk since: they are in the store
+        except ConfigError:
+            self._check_open()  # the core has forgotten them since
+            raise
         try:
             for position, (slot, block) in enumerate(
                 zip(event.slots, blocks[-len(keys) :], strict=True)
@@ -268,9 +280,12 @@ class KvSpace:
         own = [key for key in keys if self._adopted.pop(key, None) is None]
         if not own:
             return
-        with self._writing, self.store.transaction() as txn:
-            for key in own:
-                txn.delete(BlockKey.unpack(key)._replace(space=0))
+        with self._writing:
+            if self.closed:
+                return
+            with self.store.transaction() as txn:
+                for key in own:
+                    txn.delete(BlockKey.unpack(key)._replace(space=0))
 
     def _drop_abandoned(self) -> None:
         while self._abandoned:
