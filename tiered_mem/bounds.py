@@ -50,7 +50,7 @@ import numpy.typing as npt
 
 from tiered_mem import _core
 from tiered_mem.errors import BudgetError
-from tiered_mem.trace import Form, Trace
+from tiered_mem.trace import Action, Form, Trace
 
 if TYPE_CHECKING:
     from tiered_mem.simulate import LinkSpeed, Machine
@@ -64,6 +64,9 @@ class Bounds:
 
     In traces of prefixes and of requests each access is an event of its own. A stall there is what
     the simulator counts: nothing computes, and of prefixes only what was there before is loaded.
+
+    Where blocks are created, that puts them into HBM, where every policy must have or let go them,
+    and isn't an access. The least stall there is only what the bytes to be read take on the link.
     """
 
     num_accesses: int
@@ -91,6 +94,9 @@ def bounds(trace: Trace, *, hbm: int, machine: Machine, dram: int = 0) -> Bounds
     Raises:
         BudgetError: HBM can't hold each block of the trace.
     """
+    trace = trace.only(Action.READ, Action.CREATE)
+    # A block's first use is what creates it. It can't be a hit, and so changes no optimum.
+    created = np.repeat(trace.event_action == Action.CREATE, np.diff(trace.offsets))
     nbytes = trace.blocks[1]
     slots = _slot_nbytes(nbytes)
     if hbm < slots.max():
@@ -107,18 +113,25 @@ def bounds(trace: Trace, *, hbm: int, machine: Machine, dram: int = 0) -> Bounds
     by_byte = _core.Future(offsets, blocks, nbytes)
     room = _usable(hbm, nbytes, slots)[1]
     lower = _core.belady(by_byte, capacity=room, pinned_nbytes=0, divisible=True)
+    for misses in (forced, bypass, lower):
+        misses[created] = 0
     num_misses_prefix = None
     if trace.header.form is Form.PREFIX:
         num_misses_prefix = _misses_prefix(trace)
         stalls = _stalls_of_prefixes(trace, forced, lower, machine.nvme)
+    elif created.any():
+        stalls = (
+            _stall_demand(trace, forced, machine),
+            _stall_of_bytes(trace, int(lower.sum()), dram, machine),
+        )
     else:
         stalls = (
             _stall_demand(trace, forced, machine),
             _stall_lower(trace, by_byte, hbm, dram, machine),
         )
-    total = int(trace.nbytes.sum())
+    total = int(trace.nbytes[~created].sum())
     return Bounds(
-        num_accesses=len(blocks),
+        num_accesses=int((~created).sum()),
         num_misses_forced=int(forced.sum()),
         num_misses_bypass=int(bypass.sum()),
         byte_miss_ratio_forced=int(trace.nbytes[forced].sum()) / total,
@@ -207,6 +220,18 @@ def _stall_lower(
         least(room, both, min(nvme.latency, copy.latency)),
         least(room + _usable(dram, nbytes, slots)[1], nvme.bytes_per_second, nvme.latency),
     )
+
+
+def _stall_of_bytes(trace: Trace, nbytes: int, dram: int, machine: Machine) -> float:
+    """Return the least stall of events that read so many bytes: step 2 above, for the last one."""
+    if nbytes == 0:
+        return 0.0
+    bytes_per_second, latency = machine.nvme.bytes_per_second, machine.nvme.latency
+    if dram:
+        bytes_per_second += machine.hbm.bytes_per_second
+        latency = min(latency, machine.hbm.latency)
+    work = float(np.add(*machine.event_seconds(trace)).sum())
+    return max(0.0, latency + nbytes / bytes_per_second - work)
 
 
 def _stalls_of_prefixes(

@@ -214,7 +214,7 @@ def _can_drive(trace: Trace, predictor: str) -> bool:
 def _check_predictor(trace: Trace, spec: str) -> None:
     predictor = require_predictor(trace, spec)
     if isinstance(predictor, Oracle):
-        predictor.foresee(trace)  # refuses to look further than the layers go
+        predictor.foresee(trace.reads)  # refuses to look further than the layers go
 
 
 # --- running ---

@@ -10,16 +10,16 @@ Events come in the trace's order, those of several sequences interleaved as they
 device: while one computes or waits, no other does. An event's compute time is spread evenly over
 its blocks, in the order in which they arrive.
 
-Traces of prefixes and of single requests have no compute and no predictions. In a prefix trace a
-block is a hit only if all blocks before it in its request are in HBM; what was seen before and
-isn't one is read from NVMe, what is new comes into being in HBM. Both go through the same residency
-and policy, one block after the other.
+Where blocks come and go, an event that creates some puts them into HBM unread, as many as fit, and
+removed ones leave all tiers. Neither is an access: those are reads.
+
+Traces of prefixes and of single requests have no compute and no predictions; for prefixes see
+`tiered_mem.simulate_prefixes`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -34,8 +34,9 @@ from tiered_mem.keys import BlockKey, KeyArray, Kind, unpack_keys
 from tiered_mem.policies.prefetch import Decision, ModelInfo, Oracle, Predictor, make_predictor
 from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
 from tiered_mem.reading import Reading
+from tiered_mem.simulate_prefixes import run_prefixes
 from tiered_mem.stats import Log
-from tiered_mem.trace import Form, Phase, Trace
+from tiered_mem.trace import Action, Form, Phase, Trace
 
 _LAYER_SHIFT = np.uint64(32)
 
@@ -93,6 +94,7 @@ class Machine:
             dense = np.array(trace.header.dense_nbytes, np.float64)
             before = dense[trace.event_layer] / self.compute
         blocks = np.add.reduceat(trace.nbytes.astype(np.float64), trace.offsets[:-1])
+        blocks[trace.event_action != Action.READ] = 0
         return before, blocks / self.compute
 
 
@@ -161,13 +163,13 @@ def simulate(
     policy = resolve_simulated(trace, eviction, dram)
     name = prefetch if isinstance(prefetch, str) else predictor.name
     run = Run(trace.name, policy, name, hbm, dram)
-    run.num_events, run.num_tokens = trace.num_events, trace.num_tokens
-    run.num_accesses = trace.num_accesses
-    run.nbytes_accessed = int(trace.nbytes.sum())
+    run.num_events, run.num_tokens = trace.reads.num_events, trace.num_tokens
+    run.num_accesses = trace.reads.num_accesses
+    run.nbytes_accessed = int(trace.reads.nbytes.sum())
     if trace.header.form is Form.PREFIX:
         if on_log is not None:
             raise ConfigError(f"{trace.name} is a trace of prefixes: its runs keep no log")
-        _run_prefixes(trace, run, machine)
+        run_prefixes(trace, run, machine)
     else:
         _EventRun(trace, run, machine, predictor, on_log).go()
     run.num_misses = run.num_accesses - run.num_hits
@@ -229,7 +231,9 @@ class _EventRun:
         on_log: Callable[[Log], None] | None,
     ) -> None:
         self._trace, self._run, self._predictor, self._on_log = trace, run, predictor, on_log
-        future = trace.keys if run.eviction == "belady" else None
+        self._reads = trace.reads
+        # A created block that finds no room is no use, which makes this Belady a little less good.
+        future = trace.only(Action.READ, Action.CREATE).keys if run.eviction == "belady" else None
         self.tiers = _core.Tiers(
             hbm=run.hbm_nbytes,
             dram=run.dram_nbytes,
@@ -238,10 +242,13 @@ class _EventRun:
             future=future,
         )
         keys, sizes = self._all_blocks()
-        self._known = set(keys.tolist())
-        self.tiers.add_virtual_blocks(keys, sizes)
+        there = ~np.isin(keys, trace.created)
+        self._known = set(keys[there].tolist())
+        self.tiers.add_virtual_blocks(keys[there], sizes[there])
         self._before, self._inside = machine.event_seconds(trace)
         self._layers = self._layers_in_order()
+        self._largest = np.maximum.reduceat(trace.nbytes, trace.offsets[:-1]).tolist()
+        self._streams = trace.event_sequence.tolist()
         self._num_experts = trace.header.num_experts or 1 + int(
             unpack_keys(trace.blocks[0])[2].max(initial=0)
         )
@@ -272,20 +279,21 @@ class _EventRun:
         if self._on_log is not None:
             tiers.keep_log(True)
         if isinstance(self._predictor, Oracle):
-            self._predictor.foresee(trace)
-        predicts = self._predictor.follows_routes
-        keys, nbytes = trace.keys, trace.nbytes
-        offsets = trace.offsets.tolist()
-        largest = np.maximum.reduceat(nbytes, trace.offsets[:-1]).tolist()
-        sequences = trace.event_sequence.tolist()
-        parts = self._parts()
-        for first, end in itertools.pairwise(parts):
+            self._predictor.foresee(self._reads)
+        is_read = trace.event_action == Action.READ
+        # How many of the events and of the accesses before each event are reads.
+        events = np.append(0, is_read.cumsum()).tolist()
+        accesses = np.append(0, (np.diff(trace.offsets) * is_read).cumsum()).tolist()
+        for first, end in itertools.pairwise(self._parts()):
             before = tiers.stats()
             for i in range(first, end):
-                self._event(
-                    i, keys[offsets[i] : offsets[i + 1]], largest[i], sequences[i], predicts
-                )
-            self._account(first, before, tiers.stats(), offsets[end] - offsets[first])
+                if self._before[i]:
+                    tiers.advance(self._before[i])
+                if is_read[i]:
+                    self._read(i, events[i])
+                else:
+                    self._create_or_remove(i)
+            self._account(first, before, tiers.stats(), accesses[end] - accesses[first])
         counted = tiers.stats()
         run.nbytes_moved = counted["nbytes_moved"]
         run.num_evictions = counted["num_evictions"]
@@ -300,27 +308,45 @@ class _EventRun:
             self._on_log(Log(*tiers.take_log()))
         tiers.close()
 
-    def _event(self, i: int, keys: KeyArray, largest: int, stream: int, predicts: bool) -> None:
-        tiers = self.tiers
-        if self._before[i]:
-            tiers.advance(self._before[i])
+    def _read(self, i: int, number: int) -> None:
+        """Run event `i`, which is the trace's read `number`."""
+        tiers, keys, stream = self.tiers, self._trace.event(i), self._streams[i]
         share = self._inside[i] / len(keys)
-        with Reading(self, keys, largest, stream) as reading:
-            if predicts:
-                self._predict(i, keys, stream)
+        with Reading(self, keys, self._largest[i], stream) as reading:
+            if self._predictor.follows_routes:
+                self._predict(number, keys, stream)
             for _ in reading:
                 if share:
                     tiers.advance(share)
 
+    def _create_or_remove(self, i: int) -> None:
+        """Do what `KvSpace` does: of what it makes, it puts into HBM what an event can hold."""
+        tiers, keys, nbytes = self.tiers, self._trace.event(i), self._largest[i]
+        if self._inside[i]:
+            tiers.advance(self._inside[i])
+        if self._trace.event_action[i] == Action.REMOVE:
+            self._known.difference_update(keys.tolist())
+            tiers.remove_blocks(keys)
+            return
+        self._known.update(keys.tolist())
+        tiers.add_virtual_blocks(keys, np.full(len(keys), nbytes, np.uint64))
+        most = int(tiers.max_event(nbytes))
+        if most == 0:
+            return
+        event = tiers.create(keys[-most:], self._streams[i])
+        for position in range(len(event.slots)):
+            event.repaired(position)
+        event.release()
+
     def _predict(self, i: int, keys: KeyArray, stream: int) -> None:
-        """Hint what the predictor says right after an event has asked for its own blocks."""
+        """Hint what the predictor says right after read `i` has asked for its own blocks."""
         partition = int(keys[0] >> _LAYER_SHIFT)
         if isinstance(self._predictor, Oracle):
             kind = partition >> 24 << 24
             for layer, ids in self._predictor.hints(i):
                 self._hint(kind | layer, ids, stream)
             return
-        trace = self._trace
+        trace = self._reads
         following = self._layers[partition]
         decision = Decision(
             layer=partition & 0xFFFF,
@@ -366,57 +392,3 @@ class _EventRun:
             part["num_hits"] = part.get("num_hits", 0) + hits
         stall = (after["stall_ns"] - before["stall_ns"]) / 1e9
         phase["stall_seconds"] = phase.get("stall_seconds", 0.0) + stall
-
-
-def _run_prefixes(trace: Trace, run: Run, machine: Machine) -> None:
-    residency = _core.Residency(run.hbm_nbytes, run.eviction)
-    seen: set[int] = set()
-    keys, sizes = trace.keys.tolist(), trace.nbytes.tolist()
-    offsets = trace.offsets.tolist()
-    hit_nbytes = read_nbytes = 0
-    counts: dict[str, dict[str, int]] = defaultdict(lambda: {"num_accesses": 0, "num_hits": 0})
-    for i, (first, end) in enumerate(itertools.pairwise(offsets)):
-        request, nbytes = keys[first:end], sizes[first:end]
-        residency.begin_event(request[0])
-        num_hits = _use_prefix(residency, request, nbytes)
-        run.num_hits += num_hits
-        hit_nbytes += sum(nbytes[:num_hits])
-        missed = zip(request[num_hits:], nbytes[num_hits:], strict=True)
-        again = sum(size for key, size in missed if key in seen)
-        if again:
-            read_nbytes += again
-            run.stall_seconds += machine.nvme.seconds(again)
-        seen.update(request)
-        kind = counts[Kind(int(trace.event_kind[i])).name.lower()]
-        kind["num_accesses"] += end - first
-        kind["num_hits"] += num_hits
-    run.hits_by_kind = dict(counts)
-    run.prefill = {"num_accesses": len(keys), "num_hits": run.num_hits}
-    run.num_evictions = residency.num_evictions
-    run.nbytes_moved = {"nvme_to_hbm": read_nbytes, "dram_to_hbm": 0, "hbm_to_dram": 0}
-    run.byte_miss_ratio = 1 - hit_nbytes / max(run.nbytes_accessed, 1)
-
-
-def _use_prefix(residency: _core.Residency, request: list[int], nbytes: list[int]) -> int:
-    """Use a request's blocks, admitting those that are missing. Returns how many were hits.
-
-    All are pinned together; what then has no room, or all that is larger than HBM, isn't kept.
-    """
-    here = [residency.find(key) is not None for key in request]
-    num_hits = here.index(False) if False in here else len(here)
-    pinned = [key for key, present in zip(request, here, strict=True) if present]
-    for key in pinned:
-        residency.use(key)
-        residency.pin(key)
-    for key, size, present in zip(request, nbytes, here, strict=True):
-        if present:
-            continue
-        status, _ = residency.admit([key], [size])
-        if status != "ok":
-            break
-        residency.mark_ready(key)
-        residency.pin(key)
-        pinned.append(key)
-    for key in pinned:
-        residency.unpin(key)
-    return num_hits

@@ -16,7 +16,8 @@ with one row an access, or of length 1 where all rows say the same (`index` is a
 
 Optional columns have one row an *event*: gap_seconds and compute_seconds (float32), hidden
 (float16 [num_events, width]), and predictions as ahead_index (uint32) cut by ahead_offset (uint32
-[num_events + 1]).
+[num_events + 1]); where blocks come and go, action (uint8 of `Action`), and event_start (uint32),
+the first row of each event.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ import numpy.typing as npt
 
 from tiered_mem.atomic_file import new_file
 from tiered_mem.errors import TraceError
-from tiered_mem.keys import BlockKey, KeyArray, Kind, pack_keys, unpack_keys
+from tiered_mem.keys import KeyArray, Kind, pack_keys, unpack_keys
+from tiered_mem.trace_actions import Action, check_lives, columns_of_events, most_nbytes
 from tiered_mem.trace_columns import (
     EVENT_COLUMNS,
     ROW_COLUMNS,
@@ -44,9 +46,9 @@ from tiered_mem.trace_columns import (
     rank,
     shorten,
 )
-from tiered_mem.trace_header import Form, TraceHeader
+from tiered_mem.trace_header import Form, TraceHeader, check_against, check_sizes
 
-__all__ = ["Form", "Phase", "Trace", "TraceHeader"]
+__all__ = ["Action", "Form", "Phase", "Trace", "TraceHeader"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,7 @@ class Trace:
       well, in prefill up to the row whose step is smaller than the one before;
     - prefix: neighbouring rows of one sequence and step, which is the request;
     - requests: every row.
+    `event_start`, in the first form alone, says it instead.
     A block that an event names several times is one access, with the sum of the weights, where it
     came first. Rows keep all of them: row_* and `flat_keys` are [num_rows], `keys`, `nbytes`,
     `weight` and `block_ids` are [num_accesses], event_* are [num_events].
@@ -77,6 +80,8 @@ class Trace:
     ahead_offset: Array | None = None
     ahead_index: Array | None = None  # ranked ids for the next layer, as predicted at this event
     hidden: Array | None = None  # the residual of the last token at the event's router
+    event_start: Array | None = None  # rows, where the rule above doesn't tell
+    action: Array | None = None  # what each event does; None: all read
 
     @classmethod
     def from_rows(
@@ -124,14 +129,23 @@ class Trace:
             blocks=(frozen(distinct), frozen(sizes)),
             row_token=None if token is None else frozen(columns.read("token", token, np.uint32)),
         )
-        trace._check_against_header(layers, indices, kinds)
+        check_against(header, trace.name, layers, indices, kinds)
+        check_sizes(header, trace.name, *trace.blocks)
         if header.form is Form.REQUESTS:
             trace.__dict__["block_ids"] = frozen(block_ids)  # nothing merges: it is known
         if not per_event:
             return trace
+        if header.form is not Form.EVENTS and {"event_start", "action"} & set(per_event):
+            raise TraceError(f"{trace.name}: event_start and action are for traces of events")
+        if (starts := per_event.pop("event_start", None)) is not None:
+            needed = np.flatnonzero(trace._changes)
+            trace = replace(trace, event_start=frozen(columns.read_starts(starts, needed)))
         read = columns.read_of_events(per_event, trace.num_events)
         optional: dict[str, Any] = {column: frozen(values) for column, values in read.items()}
-        return replace(trace, **optional)
+        trace = replace(trace, **optional)
+        if trace.action is not None:
+            check_lives(trace)
+        return trace
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
@@ -219,8 +233,13 @@ class Trace:
 
     @property
     def total_nbytes(self) -> int:
-        """Bytes of all blocks of the model: of all its experts if known, else of those seen."""
+        """Bytes of all blocks of the model: of all its experts if known, else of those seen.
+
+        Where blocks come and go, of those that were there at once, at most.
+        """
         kinds = unpack_keys(self.blocks[0])[0]
+        if self.action is not None:
+            return most_nbytes(self)
         experts = self.header.experts_nbytes
         if experts is None:
             return int(self.blocks[1].sum())
@@ -286,21 +305,63 @@ class Trace:
             raise TraceError(f"{self.name} holds no predictions for the next layer")
         return self.ahead_index[self.ahead_offset[i] : self.ahead_offset[i + 1]]
 
+    def only(self, *actions: Action) -> Trace:
+        """Return the trace of the events that do one of these. Raises `TraceError` if none does."""
+        if self.action is None:
+            return self
+        events = np.isin(self.action, actions)
+        if events.all():
+            return self
+        if not events.any():
+            names = " or ".join(action.name for action in actions)
+            raise TraceError(f"{self.name}: none of its events does {names} a block")
+        return replace(self, **columns_of_events(self, events))
+
+    @cached_property
+    def reads(self) -> Trace:
+        """The trace of the events that read. Raises `TraceError` if none does."""
+        return self.only(Action.READ)
+
+    @property
+    def created(self) -> KeyArray:
+        """Packed keys of the blocks that came into being."""
+        return frozen(self.flat_keys[self.row_action == Action.CREATE])
+
+    @cached_property
+    def event_action(self) -> npt.NDArray[np.uint8]:
+        """What each event does, of `Action`."""
+        return frozen(np.zeros(self.num_events, np.uint8) if self.action is None else self.action)
+
+    @property
+    def row_action(self) -> Array:
+        return np.repeat(self.event_action, self.event_num_rows)
+
+    @property
+    def event_num_rows(self) -> npt.NDArray[np.int64]:
+        return np.diff(np.append(self._starts, self.num_rows))
+
+    @property
+    def _changes(self) -> npt.NDArray[np.bool_]:
+        """Rows of another sequence, phase, layer or kind than the row before."""
+        changes = np.zeros(self.num_rows, bool)
+        for column in (self.row_sequence, self.row_phase, self.flat_keys >> np.uint64(32)):
+            changes[1:] |= column[1:] != column[:-1]
+        return changes
+
     @cached_property
     def _starts(self) -> npt.NDArray[np.int64]:
         """The first row of each event."""
+        if self.event_start is not None:
+            return self.event_start.astype(np.int64)
         if self.header.form is Form.REQUESTS:
             return np.arange(self.num_rows)
-        step = self.row_step
-        begins = np.ones(self.num_rows, bool)
-        partition = self.flat_keys >> np.uint64(32)  # kind and layer
+        step, begins = self.row_step, self._changes
         if self.header.form is Form.PREFIX:
-            begins[1:] = step[1:] != step[:-1]
+            begins[1:] |= step[1:] != step[:-1]
         else:
             decode = self.row_phase[1:] == Phase.DECODE
-            begins[1:] = np.where(decode, step[1:] != step[:-1], step[1:] < step[:-1])
-        for column in (self.row_sequence, self.row_phase, partition):
-            begins[1:] |= column[1:] != column[:-1]
+            begins[1:] |= np.where(decode, step[1:] != step[:-1], step[1:] < step[:-1])
+        begins[0] = True
         return np.flatnonzero(begins)
 
     @cached_property
@@ -323,31 +384,6 @@ class Trace:
         rows = order[starts]
         back = np.argsort(rows)
         return rows[back], frozen(sums[back].astype(np.float32))
-
-    # --- checks ---
-
-    def _check_against_header(self, layer: Array, index: Array, kind: Array) -> None:
-        header = self.header
-        experts = kind == Kind.EXPERT
-        for name, column, limit in (
-            ("layer", layer, header.num_layers),
-            ("index", np.where(experts, index, 0), header.num_experts),
-        ):
-            if limit is not None and (bad := np.flatnonzero(column >= limit)).size:
-                raise TraceError(
-                    f"{self.name}: row {bad[0]}: {name} is {column[bad[0]]}, but the header says "
-                    f"there are {limit}"
-                )
-        if header.expert_nbytes:
-            kinds, layers, _ = unpack_keys(self.blocks[0])
-            told = np.array(header.expert_nbytes, np.uint64)[layers]
-            wrong = np.flatnonzero((kinds == Kind.EXPERT) & (told != self.blocks[1]))
-            if wrong.size:
-                block = BlockKey.unpack(int(self.blocks[0][wrong[0]]))
-                raise TraceError(
-                    f"{self.name}: {block} has {self.blocks[1][wrong[0]]} bytes, but the header "
-                    f"says {told[wrong[0]]}"
-                )
 
 
 # What numpy and zipfile raise, by measure, on files that aren't archives of plain arrays.

@@ -34,7 +34,7 @@ ROW_COLUMNS: dict[str, type[np.generic]] = {
 _LOWEST = {"kind": min(Kind)}
 _HIGHEST = {"kind": max(Kind), "phase": max(Phase)}
 _SECONDS = ("gap_seconds", "compute_seconds")
-EVENT_COLUMNS = (*_SECONDS, "hidden", "ahead_offset", "ahead_index")
+EVENT_COLUMNS = (*_SECONDS, "hidden", "ahead_offset", "ahead_index", "event_start", "action")
 
 
 class Columns:
@@ -105,6 +105,27 @@ class Columns:
         self._check("block_nbytes", table, (table > 0) & (table < 1 << 63), "a size in bytes")
         return table.astype(np.uint64)
 
+    def read_starts(self, values: npt.ArrayLike, needed: Array) -> Array:
+        """Return the first row of each event. `needed`: rows at which one must begin."""
+        starts = np.asarray(values)
+        if (
+            starts.dtype.kind not in "iu"
+            or starts.ndim != 1
+            or starts.size == 0
+            or starts[0] != 0
+            or (starts[1:] <= starts[:-1]).any()
+            or starts[-1] >= self.num_rows
+        ):
+            raise TraceError(
+                f"{self._trace}: event_start must rise from 0 and stay below {self.num_rows}"
+            )
+        if (missing := np.setdiff1d(needed, starts)).size:
+            raise TraceError(
+                f"{self._trace}: row {missing[0]}: no event starts here, but it is of another "
+                "sequence, phase, layer or kind than the row before"
+            )
+        return starts.astype(np.uint32)
+
     def read_of_events(
         self, given: Mapping[str, npt.ArrayLike], num_events: int
     ) -> dict[str, Array]:
@@ -112,6 +133,14 @@ class Columns:
         if unknown := set(given) - set(EVENT_COLUMNS):
             raise TraceError(f"{self._trace}: unknown columns: {', '.join(sorted(unknown))[:200]}")
         columns = {name: np.asarray(values) for name, values in given.items()}
+        if (actions := columns.get("action")) is not None:
+            if actions.dtype.kind not in "iu" or actions.shape != (num_events,):
+                raise TraceError(
+                    f"{self._trace}: action is {actions.dtype} {list(actions.shape)}, but there "
+                    f"are {num_events} events"
+                )
+            self._check("action", actions, (actions >= 0) & (actions <= 2), "in 0 to 2")
+            columns["action"] = actions.astype(np.uint8)
         for name in {*_SECONDS, "hidden"} & set(columns):
             array, num_dimensions = columns[name], 2 if name == "hidden" else 1
             if array.ndim != num_dimensions or len(array) != num_events or array.dtype.kind != "f":

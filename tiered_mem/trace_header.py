@@ -7,7 +7,13 @@ from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from tiered_mem.errors import TraceError
+from tiered_mem.keys import BlockKey, KeyArray, Kind, unpack_keys
+
+Array = npt.NDArray[Any]
 
 FORMAT_VERSION = 1
 
@@ -97,6 +103,35 @@ class TraceHeader:
             if not isinstance(found.get(name, []), list):
                 raise TraceError(f"the header's {name} is not a list")
         return cls(**found)
+
+
+def check_against(header: TraceHeader, trace: str, layer: Array, index: Array, kind: Array) -> None:
+    """Raise `TraceError` for a row whose layer, or expert's index, the header rules out."""
+    for name, column, limit in (
+        ("layer", layer, header.num_layers),
+        ("index", np.where(kind == Kind.EXPERT, index, 0), header.num_experts),
+    ):
+        if limit is not None and (bad := np.flatnonzero(column >= limit)).size:
+            raise TraceError(
+                f"{trace}: row {bad[0]}: {name} is {column[bad[0]]}, but the header says "
+                f"there are {limit}"
+            )
+
+
+def check_sizes(
+    header: TraceHeader, trace: str, blocks: KeyArray, sizes: npt.NDArray[np.uint64]
+) -> None:
+    """Raise `TraceError` for an expert of another size than the header says."""
+    if not header.expert_nbytes:
+        return
+    kinds, layers, _ = unpack_keys(blocks)
+    told = np.array(header.expert_nbytes, np.uint64)[layers]
+    wrong = np.flatnonzero((kinds == Kind.EXPERT) & (told != sizes))
+    if wrong.size:
+        block = BlockKey.unpack(int(blocks[wrong[0]]))
+        raise TraceError(
+            f"{trace}: {block} has {sizes[wrong[0]]} bytes, but the header says {told[wrong[0]]}"
+        )
 
 
 def _is_int(value: object) -> bool:

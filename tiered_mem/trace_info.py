@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiered_mem.keys import Kind, unpack_keys
-from tiered_mem.trace import Form, Phase, Trace
+from tiered_mem.trace import Action, Form, Phase, Trace
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 EXACT_NUM_ACCESSES = 1_000_000
@@ -52,6 +52,8 @@ class TraceInfo:
     largest_event_nbytes: int
     cycle_num_slots: int | None
     cycle_nbytes: int | None
+    num_created: int  # blocks that came into being, and so are no compulsory misses
+    num_removed: int
     num_compulsory_misses: int
     ceiling: float  # the hit rate of an endless cache; in prefix traces of contiguous prefixes
     reuse_distances: dict[int, int]  # by percentile of PERCENTILES
@@ -68,12 +70,15 @@ def examine(trace: Trace, *, exact_num_accesses: int = EXACT_NUM_ACCESSES) -> Tr
     """Return the figures of a trace.
 
     With more than `exact_num_accesses`, reuse distances are estimated from a sample of the blocks.
+    Where blocks come and go, accesses are reads alone; reuse counts from the creation on.
     """
-    header, sizes = trace.header, np.diff(trace.offsets)
+    whole, trace, header = trace, trace.reads, trace.header
+    sizes, created = np.diff(trace.offsets), np.isin(trace.blocks[0], whole.created)
     kinds, layers, _ = unpack_keys(trace.blocks[0])
     counts = np.bincount(trace.block_ids, minlength=len(trace.blocks[0]))
     cycle = _cycle(trace, sizes)
-    distances, sampled = reuse_distances(trace.block_ids, exact_num_accesses)
+    used = whole.only(Action.READ, Action.CREATE)
+    distances, sampled = reuse_distances(used.block_ids, exact_num_accesses)
     phases = np.bincount(np.repeat(trace.event_phase, sizes), minlength=2)
     event_nbytes = np.add.reduceat(trace.nbytes, trace.offsets[:-1])
     return TraceInfo(
@@ -86,13 +91,13 @@ def examine(trace: Trace, *, exact_num_accesses: int = EXACT_NUM_ACCESSES) -> Tr
         num_rows=trace.num_rows,
         num_events=trace.num_events,
         num_accesses=trace.num_accesses,
-        num_tokens=trace.num_tokens,
+        num_tokens=whole.num_tokens,
         num_sequences=len(np.unique(trace.event_sequence)),
         accesses_by_kind={k.name: n for k in Kind if (n := int(counts[kinds == k].sum()))},
         accesses_by_phase={phase.name: int(phases[phase]) for phase in Phase},
         num_blocks=len(counts),
         nbytes=int(trace.blocks[1].sum()),
-        total_nbytes=trace.total_nbytes,
+        total_nbytes=whole.total_nbytes,
         accessed_nbytes=int(trace.nbytes.sum()),
         num_layers=header.num_layers or int(layers.max()) + 1,
         num_experts=header.num_experts,
@@ -101,8 +106,10 @@ def examine(trace: Trace, *, exact_num_accesses: int = EXACT_NUM_ACCESSES) -> Tr
         largest_event_nbytes=int(event_nbytes.max()),
         cycle_num_slots=cycle and cycle[0],
         cycle_nbytes=cycle and cycle[1],
-        num_compulsory_misses=len(counts),
-        ceiling=_ceiling(trace, sizes),
+        num_created=len(whole.created),
+        num_removed=int(whole.event_num_rows[whole.event_action == Action.REMOVE].sum()),
+        num_compulsory_misses=int((~created).sum()),
+        ceiling=_ceiling(trace, sizes, created),
         reuse_distances=_percentiles(distances),
         sampled_share=sampled,
         top_tenth_share=_top_share(counts, 0.1),
@@ -191,9 +198,9 @@ def _cycle(trace: Trace, sizes: Counts) -> tuple[int, int] | None:
     return top_k * int((largest > 0).sum()), top_k * int(largest.sum())
 
 
-def _ceiling(trace: Trace, sizes: Counts) -> float:
+def _ceiling(trace: Trace, sizes: Counts, created: npt.NDArray[np.bool_]) -> float:
     first = np.zeros(trace.num_accesses, np.int64)
-    first[np.unique(trace.block_ids, return_index=True)[1]] = 1
+    first[np.unique(trace.block_ids, return_index=True)[1]] = ~created
     if trace.header.form is Form.PREFIX:
         # Behind a block that misses nothing of the chain can be used.
         seen = first.cumsum()

@@ -129,11 +129,12 @@ def export(
 ) -> None:
     """Write a trace's accesses, one after another, for libCacheSim."""
     from tiered_mem.atomic_file import check_new
-    from tiered_mem.trace import Trace
+    from tiered_mem.trace import Action, Trace
     from tiered_mem.trace_formats import export_trace
 
     check_new(out, overwrite=force)
-    loaded = Trace.load(trace)
+    # To a cache that knows no removal, a block that is created is one that is asked for.
+    loaded = Trace.load(trace).only(Action.READ, Action.CREATE)
     export_trace(loaded, out, overwrite=force)
     print(f"{out} holds {loaded.num_rows} records in {format}")
 
@@ -184,6 +185,8 @@ def _rows(found: TraceInfo) -> list[list[str]]:
     if found.form != "requests":
         bound = "at most " if found.form == "prefix" else ""
         rows.insert(6, ["tokens", f"{bound}{found.num_tokens}"])
+    if found.num_created or found.num_removed:
+        rows.insert(7, ["come and go", f"{found.num_created} created, {found.num_removed} removed"])
     if found.num_rows != found.num_accesses:
         rows.insert(7, ["rows", f"{found.num_rows}, before an event's equal blocks are merged"])
     if found.cycle_num_slots is not None and found.cycle_nbytes is not None:
