@@ -154,12 +154,13 @@ def test_threads(space: KvSpace) -> None:
 
 def test_closing_while_threads_make_blocks(tmp_path: Path) -> None:
     errors: list[BaseException] = []
+    blocks = [block(1)] * 9
 
     def work(space: KvSpace, begun: threading.Barrier) -> None:
         begun.wait()
         try:
             while True:
-                space.release(0, space.create(0, [block(1)] * 9))
+                space.release(0, space.create(0, blocks))
         except BaseException as error:
             errors.append(error)
 
@@ -172,6 +173,8 @@ def test_closing_while_threads_make_blocks(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         begun.wait()
+        for _ in range(i % 3):
+            space.release(0, space.create(0, blocks))
         for part in (space, runtime, store):  # whoever writes to the store ends before it closes
             part.close()
         for thread in threads:
