@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from tiered_mem.errors import RuntimeClosedError, TraceError
+from tiered_mem.hf.forwards import Forwards
 from tiered_mem.trace import Form, Phase, Trace, TraceHeader
 
 if TYPE_CHECKING:
@@ -35,12 +35,8 @@ class _Event(NamedTuple):
 
 @dataclass
 class _Thread(threading.local):
-    """Where this thread's generation stands."""
+    """What is noted of this thread's forward."""
 
-    sequence: int = -1
-    num_tokens: int = 0  # of the sequence, before this forward
-    phase: Phase = Phase.PREFILL
-    width: int = 0  # tokens of this forward
     events: list[_Event] = field(default_factory=list)  # of this forward
     ended: float = 0.0  # the last event, seconds
     started: float = 0.0
@@ -51,8 +47,7 @@ class _Thread(threading.local):
 class Recorder:
     """Records what a model's experts are asked for while it is entered. Made by `record()`.
 
-    A sequence begins with a forward whose cache is empty. An event is a layer step, of all tokens
-    of the forward: those of a batch count as one sequence.
+    An event is a layer step, of all tokens of the forward; a sequence is as `Forwards` says.
 
     Args:
         handle: of the wrapped model.
@@ -66,14 +61,15 @@ class Recorder:
         self._keep_ahead, self._keep_hidden = predictions, hidden
         self._events: list[_Event] = []
         self._lock = threading.Lock()
-        self._num_sequences = 0
+        self._forwards = Forwards(handle.model)
         self._thread = _Thread()
 
     def __enter__(self) -> Recorder:
         handle = self._handle
         if handle.closed:
             raise RuntimeClosedError("this model is closed: load it again to record it")
-        self._forward = handle.model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
+        self._forwards.__enter__()
+        self._hook = handle.model.register_forward_pre_hook(self._on_forward)
         for experts in handle.experts:
             experts.recorder = self
         if self._observes:
@@ -81,7 +77,8 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._forward.remove()
+        self._hook.remove()
+        self._forwards.__exit__()
         self._handle.hooks.observe(None)
         for experts in self._handle.experts:
             experts.recorder = None
@@ -143,25 +140,8 @@ class Recorder:
 
     # --- called by the model ---
 
-    def _on_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-        tokens = given.get("input_ids")
-        if tokens is None:
-            tokens = given.get("inputs_embeds")
-        if tokens is None:
-            return  # the model itself says what it misses
-        width = tokens.shape[1]
-        cache = given.get("past_key_values")
-        here = self._thread
-        if cache is None or cache.get_seq_length() == 0:
-            with self._lock:
-                here.sequence, self._num_sequences = self._num_sequences, self._num_sequences + 1
-            here.num_tokens = 0
-        else:
-            here.num_tokens += here.width
-        here.events.clear()
-        here.phase = Phase.PREFILL if width > 1 else Phase.DECODE
-        here.width = width
+    def _on_forward(self, *_: Any) -> None:
+        self._thread.events.clear()
 
     def forget(self) -> None:
         """Drop the events of this thread's forward: it failed and runs again."""
@@ -186,7 +166,7 @@ class Recorder:
         self, layer: int, ids: Sequence[int], index: torch.Tensor, weights: torch.Tensor
     ) -> None:
         """Note that it has ended: `ids` were read, routed by `index` [tokens, k] and `weights`."""
-        here, now = self._thread, time.perf_counter()
+        here, stands, now = self._thread, self._forwards.here, time.perf_counter()
         stall = (self._handle.runtime.stats().stall_ns - here.stall_ns) / 1e9
         gap = here.started - here.ended if here.ended else 0.0
         route = here.route
@@ -199,9 +179,9 @@ class Recorder:
         sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64)
         sums.index_add_(0, index.reshape(-1), weights.reshape(-1).double())
         event = _Event(
-            here.sequence,
-            here.num_tokens,
-            here.phase,
+            stands.sequence,
+            stands.num_tokens,
+            stands.phase,
             layer,
             ids,
             sums[torch.as_tensor(ids)].tolist(),
