@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,44 @@ def test_bad_input(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert err.startswith("tiered-mem: ") and words in err
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"tokens": 3}', '{"tokens": [-1]}', "[1]"])
+def test_a_session_of_another_model(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ["--kv", "256KiB", "--nvme", str(tmp_path), "--session", "a"]
+    run(capfd, "--prompt", "x", "--max-new-tokens", "1", *options)
+    Conversation(tmp_path, "a").save([1, 70_000])
+    capfd.readouterr()
+    assert invoke([*RUN, "--prompt", "x", *options]) == 2
+    assert "tokens of another model" in capfd.readouterr().err
+
+
+def test_only_the_start_gets_what_tokenizers_put_in_front(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "model"
+    shutil.copytree(MODEL, checkpoint)
+    file = checkpoint / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    special = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [special, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    file.write_text(json.dumps(tokenizer))
+    options = ["--kv", "256KiB", "--nvme", str(tmp_path / "nvme"), "--session", "a"]
+    arguments = ["run", str(checkpoint), *RUN[2:], "--max-new-tokens", "2", *options]
+    for _ in range(2):
+        assert invoke([*arguments, "--prompt", "And the king"]) == 0
+    tokens = Conversation(tmp_path / "nvme", "a").tokens
+    assert tokens[0] == 0 and 0 not in tokens[1:]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", '{"tokens": 3}', '{"tokens": [-1]}', '{"tokens": [9999999999]}', "[1]"],
+)
 def test_a_damaged_session_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "sessions").mkdir()
     (tmp_path / "sessions" / "a.json").write_text(text)

@@ -28,6 +28,14 @@ class Conversation:
         self._path = directory / "sessions" / f"{name}.json"
         self.tokens = _read(self._path)
 
+    def check(self, num_embeddings: int) -> None:
+        """Raise `ConfigError` if it has tokens that the model can't have said."""
+        if max(self.tokens, default=0) >= num_embeddings:
+            raise ConfigError(
+                f"{self._path} has tokens of another model: go on with that one, or name another "
+                "session"
+            )
+
     def save(self, tokens: Sequence[int]) -> None:
         """Replace what is stored, whole or not at all."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +60,8 @@ def _read(path: Path) -> list[int]:
         raise ConfigError(
             f"{path} is no stored session ({error}): remove it to start anew"
         ) from error
-    if not isinstance(tokens, list) or not all(isinstance(t, int) and t >= 0 for t in tokens):
+    if not isinstance(tokens, list) or not all(
+        isinstance(token, int) and 0 <= token < 1 << 31 for token in tokens
+    ):
         raise ConfigError(f"{path} is no stored session: remove it to start anew")
     return tokens

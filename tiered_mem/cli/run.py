@@ -84,6 +84,8 @@ def run(
         )
     handle = model.tiered_mem
     with closing(handle):
+        if conversation is not None:
+            conversation.check(model.get_input_embeddings().num_embeddings)
         dense = isinstance(handle, tiered_mem.KvPool)
         pool = handle if dense else handle.kv
         if not dense:
@@ -159,7 +161,9 @@ class _Question:
 
         self._checkpoint, self._prompt, self._seed, self._dtype = checkpoint, prompt, seed, dtype
         self._tokenizer = load_tokenizer(checkpoint)
-        self._inputs = self._tokenizer(prompt, return_tensors="pt")
+        # What a tokenizer puts in front belongs to the start of a conversation alone.
+        starts = conversation is None or not conversation.tokens
+        self._inputs = self._tokenizer(prompt, return_tensors="pt", add_special_tokens=starts)
         if self._inputs["input_ids"].shape[1] == 0:
             raise ConfigError(
                 "the prompt has no token: give --prompt some text, and the model its tokenizer"
