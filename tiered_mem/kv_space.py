@@ -22,7 +22,7 @@ from tiered_mem.errors import (
     RuntimeClosedError,
 )
 from tiered_mem.keys import BlockKey, KeyArray, Kind
-from tiered_mem.reading import GIVEN_BACK, Reading
+from tiered_mem.reading import GIVEN_BACK, Reading, Resident
 from tiered_mem.store import Store
 
 if TYPE_CHECKING:
@@ -179,6 +179,28 @@ class KvSpace:
             raise RuntimeClosedError(GIVEN_BACK)
         keys = self._pack(layer, indices)
         return Reading(self, keys, self._sizes[layer], threading.get_ident())
+
+    def read(self, layer: int, index: int, out: Bytes) -> None:
+        """Copy a block into host memory of its size. That is no use of it, and moves nothing.
+
+        Raises `ChecksumError`, `TransferError` if it isn't in HBM and can't be read.
+        """
+        self._check_open()
+        keys = self._pack(layer, [index])
+        event = self.tiers.acquire_resident(keys, threading.get_ident())
+        if event is not None:
+            with Resident(event, self.backend) as resident:
+                block = self.view(resident.slots[0], self._sizes[layer])
+                HOST.wrap(out.view(np.ndarray)).copy_(block)
+            return
+        if int(keys[0]) in self._adopted:  # it lies in another store
+            with self.begin(layer, [index]) as reading:
+                for _, slot in reading:
+                    block = self.view(slot, self._sizes[layer])
+                    HOST.wrap(out.view(np.ndarray)).copy_(block)
+            return
+        with self.store.snapshot() as snapshot:
+            snapshot.read(BlockKey(Kind.KV, layer, index), out)
 
     def hint(self, layer: int, indices: Sequence[int]) -> None:
         """Say that the next event of `layer` in this thread reads these blocks."""

@@ -5,16 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
-import warnings
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from tiered_mem.callers import stacklevel
 from tiered_mem.config import Budgets, Size
 from tiered_mem.errors import (
     AlreadyWrappedError,
@@ -27,7 +25,8 @@ from tiered_mem.errors import (
 from tiered_mem.hf import kv_attention
 from tiered_mem.hf.device import require_one_device, usable
 from tiered_mem.hf.kv_cache import BLOCK_TOKENS, TieredCache
-from tiered_mem.hf.kv_prefixes import Prefixes, is_of, prompt_of
+from tiered_mem.hf.kv_prefixes import Prefixes, prompt_of
+from tiered_mem.hf.kv_saving import Chain
 from tiered_mem.hf.overrides import Overrides
 from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
 from tiered_mem.runtime import Runtime
@@ -116,6 +115,19 @@ class KvPool:
         if self.prefixes is None:
             raise ConfigError("there is no store of prefixes: give prefixes=DIRECTORY to tier_kv")
         return self.prefixes.save(cache, token_ids)
+
+    def watch(self, cache: TieredCache, prompt: torch.Tensor | None) -> _Watch:
+        """Return what stores a cache's blocks while `generate` goes on from `prompt`, if that is
+        given and there is a store."""
+        chain = None
+        if self.prefixes is not None and prompt is not None:
+            chain = self.prefixes.follow(cache, prompt)
+        return _Watch(self.prefixes, chain)
+
+    def flush(self) -> None:
+        """Wait until all sealed blocks of what was generated are stored, if they are to be."""
+        if self.prefixes is not None:
+            self.prefixes.flush()
 
     @property
     def num_damaged(self) -> int:
@@ -264,8 +276,9 @@ def _generate(
         num_damaged = own.num_damaged
         cache = own.cache(prompt)
         random_state = _random_states(device)
+        watch = own.watch(cache, prompt)
         try:
-            result = generate(**{**options, "past_key_values": cache})
+            result = generate(**{**watch.added_to(options), "past_key_values": cache})
             break
         except ChecksumError:
             cache.close()
@@ -277,13 +290,31 @@ def _generate(
             streamer.start_over()
     if not isinstance(result, torch.Tensor):  # return_dict_in_generate: the caller gets the cache
         return result
-    if own.prefixes is not None and prompt is not None and is_of(cache, result):
-        try:
-            own.prefixes.save(cache, result[0])
-        except TieredMemError as error:  # the answer is worth more than its blocks
-            warnings.warn(f"an answer wasn't stored: {error}", stacklevel=stacklevel())
+    watch.note(result)
     cache.close()
     return result
+
+
+class _Watch(StoppingCriteria):  # type: ignore[misc]
+    """Has blocks stored as they are sealed. Stops nothing: that is how `generate` tells tokens."""
+
+    def __init__(self, prefixes: Prefixes | None, chain: Chain | None) -> None:
+        self._prefixes, self._chain = prefixes, chain
+
+    def added_to(self, options: dict[str, Any]) -> dict[str, Any]:
+        if self._chain is None:
+            return options
+        given = options.get("stopping_criteria") or []
+        return {**options, "stopping_criteria": StoppingCriteriaList([*given, self])}
+
+    def note(self, token_ids: torch.Tensor) -> None:
+        if self._prefixes is not None and self._chain is not None:
+            self._prefixes.advance(self._chain, token_ids)
+            self._prefixes.report()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.note(input_ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _Once:

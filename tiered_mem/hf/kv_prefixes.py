@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
+from tiered_mem.callers import stacklevel
 from tiered_mem.errors import ConfigError, UnsupportedModelError
 from tiered_mem.hf.kv_cache import TieredCache
+from tiered_mem.hf.kv_saving import Buffers, Chain, Pending, Saver
 from tiered_mem.keys import BlockKey
 from tiered_mem.kv_space import KvSpace
-from tiered_mem.prefix_index import Record, group_hash
 from tiered_mem.prefixes import Group, PrefixStore
 
-_GROUPS_AT_A_TIME = 8  # in memory, and in one transaction
 _SAMPLE_NBYTES = 4096  # of every parameter, to tell models apart
 
 TokenIds = npt.NDArray[np.int64]
@@ -49,6 +50,9 @@ class Prefixes:
         self._space = space
         self._block_tokens = block_tokens
         self._lock = threading.RLock()
+        self._buffers = Buffers()
+        self._saver = Saver(self._save, capacity)
+        self._chains: weakref.WeakSet[Chain] = weakref.WeakSet()
         self._store = PrefixStore.open(
             directory, fingerprint=fingerprint(model), layout=layout, capacity=capacity
         )
@@ -64,6 +68,7 @@ class Prefixes:
         Nothing is read yet: its blocks are where they are. At least one token stays to be computed.
         Returns the number of tokens restored.
         """
+        self.flush()  # a prompt goes on most often from what was just generated
         with self._lock, ExitStack() as held:
             records = self._store.match(_as_ids(token_ids)[:-1])
             places = self._store.places(records)
@@ -89,44 +94,89 @@ class Prefixes:
             weakref.finalize(cache, held.pop_all().close)
             return len(records) * self._block_tokens
 
+    def follow(self, cache: TieredCache, token_ids: torch.Tensor) -> Chain:
+        """Return what `advance` saves the groups of a cache by, whose tokens so far are these."""
+        with self._lock:
+            known = self._store.match(_as_ids(token_ids))
+            parent = known[-1].hash if known else self._store.root
+            chain = Chain(cache, parent, len(known))
+        self._chains.add(chain)
+        return chain
+
+    def advance(self, chain: Chain, token_ids: torch.Tensor) -> None:
+        """Begin to store what is sealed of a chain's cache since the last call.
+
+        `token_ids` [sequences, tokens] are those of the cache, and maybe more; several sequences
+        are no prefix, and aren't stored. Quick: the work is another thread's.
+        """
+        if len(token_ids) == 1 and chain.may_advance(token_ids.shape[1], self._block_tokens):
+            self._saver.put(chain.advance(_as_ids(token_ids[0]), self._block_tokens))
+
     def save(self, cache: TieredCache, token_ids: torch.Tensor) -> int:
         """Store the whole blocks of a cache of one sequence, whose tokens `token_ids` (1-D) are.
 
         Returns the number of tokens that are stored now. Raises `ConfigError` if they are fewer
         than the cache has, or it has several sequences; `StoreFullError`.
         """
-        ids = _as_ids(token_ids)
         layers = cache.tiered_layers()
         if any(len(layer.rows) > 1 for layer in layers):
             raise ConfigError("a stored prefix is of one sequence: this cache has several")
-        if len(ids) < cache.get_seq_length():
+        if len(_as_ids(token_ids)) < cache.get_seq_length():
             raise ConfigError(
-                f"{len(ids)} token ids for a cache of {cache.get_seq_length()} tokens: give all"
+                f"{len(token_ids)} token ids for a cache of {cache.get_seq_length()} tokens: "
+                "give all"
             )
-        num_groups = min(layer.num_sealed for layer in layers) // self._block_tokens
-        with self._lock:
-            pending: list[Group] = []
-            for group in self._new_groups(cache, ids, num_groups):
-                pending.append(group)
-                if len(pending) == _GROUPS_AT_A_TIME:
-                    self._store.save(pending)
-                    pending = []
-            if pending:
-                self._store.save(pending)
-        return num_groups * self._block_tokens
+        self._saver.drain()
+        num_tokens = min(layer.num_sealed for layer in layers)
+        chain = self.follow(cache, token_ids[:num_tokens])
+        self.advance(chain, torch.as_tensor(token_ids)[None])
+        self._saver.drain()
+        if chain.error is not None:
+            chain.reported = True
+            raise chain.error
+        return num_tokens
+
+    def flush(self) -> None:
+        """Wait until all that is sealed is stored. What couldn't be is warned of, once."""
+        self._saver.drain()
+        self.report()
+
+    def report(self) -> None:
+        """Warn of answers that couldn't be stored, each once."""
+        for chain in list(self._chains):
+            if chain.error is not None and not chain.reported:
+                chain.reported = True
+                warnings.warn(f"an answer wasn't stored: {chain.error}", stacklevel=stacklevel())
 
     def close(self) -> None:
+        """Store what is sealed, and close the store."""
+        self.flush()
         with self._lock:
             self._store.close()
 
-    def _new_groups(self, cache: TieredCache, ids: TokenIds, num_groups: int) -> Iterator[Group]:
-        known: list[Record] = self._store.match(ids[: num_groups * self._block_tokens])
-        parent = known[-1].hash if known else self._store.root
-        for number in range(len(known), num_groups):
-            tokens = ids[number * self._block_tokens : (number + 1) * self._block_tokens]
-            blocks = [(layer.number, layer.read_block(number)) for layer in cache.tiered_layers()]
-            yield Group(parent, tokens, blocks)
-            parent = group_hash(parent, tokens)
+    def _save(self, pending: list[Pending]) -> None:
+        """Store groups of one chain. In the saver's thread."""
+        new = [group for group in pending if group.hash not in self._store.index.records]
+        try:
+            groups = [
+                Group(
+                    group.parent, group.token_ids, [(n, self._read(n, i)) for n, i in group.blocks]
+                )
+                for group in new
+            ]
+            with self._lock:
+                self._store.save(groups)
+        finally:
+            self._buffers.give_back()
+
+    def _group(self, pending: Pending) -> Group:
+        blocks = [(layer, self._read(layer, index)) for layer, index in pending.blocks]
+        return Group(pending.parent, pending.token_ids, blocks)
+
+    def _read(self, layer: int, index: int) -> npt.NDArray[np.uint8]:
+        out = self._buffers.take(self._space.block_nbytes(layer))
+        self._space.read(layer, index, out)
+        return out
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -185,9 +235,3 @@ def prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | N
     if any(isinstance(value, torch.Tensor) for value in kwargs.values()):
         return None
     return ids[0]
-
-
-def is_of(cache: TieredCache, result: torch.Tensor) -> bool:
-    """Whether a cache is that of the one sequence that `generate` returned."""
-    rows = {len(layer.rows) for layer in cache.tiered_layers()}
-    return len(result) == 1 and rows == {1} and result.shape[1] >= cache.get_seq_length()
