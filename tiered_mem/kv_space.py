@@ -59,6 +59,7 @@ class KvSpace:
         self._writing = threading.RLock()
         self._closed = False
         self._tensor: Any = None
+        self._as_dtype: dict[Any, Any] = {}  # the same memory
 
     @property
     def closed(self) -> bool:
@@ -173,12 +174,15 @@ class KvSpace:
         """Release at the next `create`: for where nothing may wait, such as a finalizer."""
         self._abandoned.append([layer, *indices])
 
-    def begin(self, layer: int, indices: Sequence[int]) -> Reading:
-        """Start an event: blocks `indices` (distinct) of `layer`. Raises as `Space.begin` does."""
+    def begin(self, layer: int, indices: Sequence[int], most: int | None = None) -> Reading:
+        """Start an event: blocks `indices` (distinct) of `layer`, in waves of at most `most`.
+
+        Raises as `Space.begin` does.
+        """
         if self._closed:
             raise RuntimeClosedError(GIVEN_BACK)
         keys = self._pack(layer, indices)
-        return Reading(self, keys, self._sizes[layer], threading.get_ident())
+        return Reading(self, keys, self._sizes[layer], threading.get_ident(), most)
 
     def read(self, layer: int, index: int, out: Bytes) -> None:
         """Copy a block into host memory of its size. That is no use of it, and moves nothing.
@@ -228,6 +232,25 @@ class KvSpace:
         raise ChecksumError(
             f"{key._replace(space=0)}: {error}; what it was computed from is in the prompt: "
             "generate again with a new cache"
+        return self._memory()[slot : slot + nbytes]
+
+    def elements(self, slot: int, nbytes: int, dtype: Any) -> tuple[Any, int]:
+        """Return a tensor that a slot lies in, and where the slot begins in its storage.
+
+        Both count elements of `dtype`: `as_strided` gets any view of the slot in one step.
+        """
+        if not self.backend.in_place:
+            block = self.backend.view(slot, nbytes).view(dtype)
+            return block, int(block.storage_offset())
+        memory = self._as_dtype.get(dtype)
+        if memory is None:
+            whole = self._memory()
+            size = len(whole) // dtype.itemsize * dtype.itemsize
+            memory = self._as_dtype[dtype] = whole[:size].view(dtype)
+        return memory, slot // dtype.itemsize
+
+    def _memory(self) -> Any:
+        """Return all of HBM, where that is one mapping: uint8."""
         ) from error
 
     def close(self) -> None:
@@ -255,6 +278,7 @@ class KvSpace:
         # before `_forget`, when nobody reads it any more, so no snapshot is kept.
         with self._writing:
             self._check_open()
+        self._as_dtype.clear()
             staged = self._staging(layer)
             as_tensor = HOST.wrap(staged.view(np.ndarray))
             with self.store.transaction() as txn:

@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 GIVEN_BACK = "this model's blocks were given back: load it again to use it"
 
 
+_MOST_BLOCKS = 32  # of a wave of KV
+
+
+def blocks_of_wave(tiers: _core.Tiers, nbytes: int) -> int:
+    """Return how many KV blocks of this size to pin at a time, and so to compute with.
+
+    Most of HBM is for what was read before.
+    """
+    return max(1, min(_MOST_BLOCKS, int(tiers.max_event(nbytes)) // 4))
+
+
 class Owner(Protocol):
     """Whose blocks an event reads."""
 
@@ -56,8 +67,9 @@ class Reading:
 
     A slot (byte offset into HBM's memory, or an address of the device's) is good until the next
     step of the iteration after which the event's wave ends; don't keep views of it beyond the loop.
-    An event with more blocks than HBM has slots runs in waves, present blocks first, the next wave
-    loading meanwhile.
+    An event with more blocks than HBM has slots, or than it is given for a wave, runs in waves,
+    present blocks first, the next wave loading meanwhile. Short waves pin little, so that what was
+    there before them may stay; `waves` gives each when all of it is ready.
     """
 
     __slots__ = (
@@ -65,8 +77,13 @@ class Reading:
         "_waves",
     )
 
-    def __init__(self, owner: Owner, keys: KeyArray, largest: int, stream: int) -> None:
-        """Start the event of `keys` (distinct), none of whose blocks is above `largest` bytes."""
+    def __init__(
+        self, owner: Owner, keys: KeyArray, largest: int, stream: int, most: int | None = None
+    ) -> None:
+        """Start the event of `keys` (distinct), none of whose blocks is above `largest` bytes.
+
+        `most`: blocks of a wave; None: as many as HBM can hold.
+        """
         self._owner = owner
         self._tiers = owner.tiers
         self._backend = owner.backend
@@ -74,7 +91,7 @@ class Reading:
         self._largest = largest
         self._stream = stream
         # The positions of each wave that hasn't started.
-        self._waves = self._plan(range(len(keys)))
+        self._waves = self._plan(range(len(keys)), most)
         self._ahead: _Wave | None = None
         self._current = self._start()
 
@@ -132,10 +149,21 @@ class Reading:
 
     def batches(self) -> Iterator[tuple[list[int], list[int]]]:
         """Yield (positions, slots) of blocks that became ready together."""
+        for wave in self._each_wave():
+            yield from self._drain(*wave)
+
+    def waves(self) -> Iterator[tuple[Sequence[int], list[int]]]:
+        """Yield (positions, slots) of each wave, all of whose blocks are ready."""
+        for wave in self._each_wave():
+            for _ in self._drain(*wave):
+                pass
+            yield wave.positions, wave.event.slots
+
+    def _each_wave(self) -> Iterator[_Wave]:
         while self._current is not None:
             # Without waiting: whoever waits for slots must hold none.
             self._ahead = self._start(wait=False)
-            yield from self._drain(*self._current)
+            yield self._current
             self._current.event.release(self._backend.compute())
             self._current, self._ahead = self._ahead, None
             if self._current is None:

@@ -35,6 +35,9 @@ from tiered_mem.stats import Stats
 from tiered_mem.store import Store
 
 
+# Blocks of KV are small, and a disk needs so many of them under way to be at its fastest.
+_NUM_IO_THREADS = 8
+
 class KvPool:
     """The KV memory of a model, shared by all its caches: a runtime and a store of its own.
 
@@ -68,7 +71,9 @@ class KvPool:
             # What is in it is of no use after this process, and so needn't reach the disk in time.
             store = Store.open(store_in(scratch), mode="w", durable=False)
             undo.callback(store.close)
-            self.runtime = Runtime.from_budgets(budgets, eviction=policy, device=backend)
+            self.runtime = Runtime.from_budgets(
+                budgets, eviction=policy, num_io_threads=_NUM_IO_THREADS, device=backend
+            )
             undo.callback(self.runtime.close)
             self.space = self.runtime.attach_kv(store)
             undo.callback(self.space.close)

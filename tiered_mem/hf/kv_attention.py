@@ -288,7 +288,7 @@ class _Attention:
         self._batch, self._heads, self._queries, _ = query.shape
         # The CPU has no faster products in smaller types; a GPU has, with float32 sums.
         wide = torch.float32 if query.device.type == "cpu" else query.dtype
-        self._query = (query.to(wide) * scaling).reshape(
+        self._query = (query.detach().to(wide) * scaling).reshape(
             self._batch, num_kv_heads, -1, query.shape[-1]
         )
         self._mask, self._softcap = mask, softcap
@@ -298,63 +298,52 @@ class _Attention:
         self._values = query.new_zeros((*shape, value_dim), dtype=torch.float32)
 
     def add(self, pieces: list[Piece]) -> None:
-        """Take the pieces in, a few scores at a time."""
-        by_rows: dict[tuple[int, ...] | None, list[Piece]] = {}
+        """Take the pieces in, those of one size together, a few scores at a time."""
+        alike: dict[tuple[Any, ...], list[Piece]] = {}
         for piece in _cut(pieces):
             rows = None if piece.rows is None else tuple(piece.rows.tolist())
-            by_rows.setdefault(rows, []).append(piece)
-        for rows, group in by_rows.items():
-            per_token = self._query[..., 0].numel()
-            run: list[Piece] = []
-            num_tokens = 0
-            for piece in group:
-                run.append(piece)
-                num_tokens += piece.keys.shape[-2]
-                if num_tokens * per_token >= _MOST_SCORES:
-                    self._add_run(rows, run)
-                    run, num_tokens = [], 0
-            if run:
-                self._add_run(rows, run)
+            alike.setdefault((rows, piece.keys.shape), []).append(piece)
+        for (rows, shape), group in alike.items():
+            most = max(1, _MOST_SCORES // (self._query[..., 0].numel() * shape[-2]))
+            for i in range(0, len(group), most):
+                self._add_run(rows, group[i : i + most])
 
     def _add_run(self, rows: tuple[int, ...] | None, pieces: list[Piece]) -> None:
         chosen = slice(None) if rows is None else list(rows)
-        query = self._query if rows is None else self._query[chosen]
-        sizes = [piece.keys.shape[-2] for piece in pieces]
-        scores = query.new_empty(*query.shape[:-1], sum(sizes))
-        for part, piece in zip(torch.split(scores, sizes, -1), pieces, strict=True):
-            part.copy_(_product(query, piece.keys.to(query.dtype).transpose(-1, -2)))
-        scores = self._masked(scores.float(), chosen, pieces)
-
-        best = scores.amax(-1, keepdim=True)
-        top = torch.maximum(self._max[chosen], best)
-        finite = top.masked_fill(top == -torch.inf, 0)  # of queries that saw nothing yet
-        weights = scores.sub_(finite).exp_()
-        keep = (self._max[chosen] - finite).exp()
-        values = self._values[chosen] * keep
-        narrow = weights.to(query.dtype)
-        for part, piece in zip(torch.split(narrow, sizes, -1), pieces, strict=True):
-            values += _product(part, piece.values.to(query.dtype))
-        self._sum[chosen] = self._sum[chosen] * keep + weights.sum(-1, keepdim=True)
-        self._values[chosen] = values
-        self._max[chosen] = top
-
-    def _masked(self, scores: torch.Tensor, chosen: Any, pieces: list[Piece]) -> torch.Tensor:
+        num_rows = self._batch if rows is None else len(rows)
+        fold = _Fold(num_rows, pieces[0].keys.shape[1], shared=pieces[0].keys.shape[0] == 1)
+        scores = _scores(fold(self._query[chosen]), [piece.keys.flatten(0, 1) for piece in pieces])
         if self._softcap is not None:
             scores = torch.tanh(scores / self._softcap) * self._softcap
-        if self._mask is None:
-            return scores
-        mask = self._mask if self._mask.shape[0] == 1 else self._mask[chosen]
-        parts = [mask[..., p.start : p.start + p.keys.shape[-2]] for p in pieces]
-        mask = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        shape = scores.shape
-        apart = scores.view(*shape[:2], -1, self._queries, shape[-1])
-        if mask.shape[1] == 1:
-            mask = mask.unsqueeze(1)
-        else:
-            mask = mask.view(mask.shape[0], shape[1], -1, *mask.shape[2:])
+        if self._mask is not None:
+            self._hide(fold.apart(scores), self._mask, chosen, pieces)
+
+        before = fold(self._max[chosen])
+        top = torch.maximum(before, scores.amax((0, 3)).unsqueeze(-1))
+        finite = top.masked_fill(top == -torch.inf, 0)  # of queries that saw nothing yet
+        weights = scores.sub_(finite).exp_()
+        keep = (before - finite).exp()
+        sums = fold(self._sum[chosen]) * keep + weights.sum((0, 3)).unsqueeze(-1)
+        values = fold(self._values[chosen]) * keep
+        _add_weighted(values, weights, [piece.values.flatten(0, 1) for piece in pieces])
+        self._max[chosen] = fold.back(top)
+        self._sum[chosen] = fold.back(sums)
+        self._values[chosen] = fold.back(values)
+
+    def _hide(
+        self, scores: torch.Tensor, mask: torch.Tensor, chosen: Any, pieces: list[Piece]
+    ) -> None:
+        """Mask scores [pieces, rows, kv_heads, group * queries, tokens] where they lie."""
+        mask = mask if mask.shape[0] == 1 else mask[chosen]
+        num_tokens = scores.shape[-1]
+        mask = torch.stack([mask[..., p.start : p.start + num_tokens] for p in pieces])
+        heads = (1, 1) if mask.shape[2] == 1 else (scores.shape[2], -1)
+        mask = torch.unflatten(mask, 2, heads)
+        apart = torch.unflatten(scores, 3, (-1, self._queries))
         if mask.dtype == torch.bool:
-            return apart.masked_fill_(~mask, -torch.inf).view(shape)
-        return apart.add_(mask).view(shape)
+            apart.masked_fill_(~mask, -torch.inf)
+        else:
+            apart.add_(mask)
 
     def result(self, sinks: torch.Tensor | None) -> torch.Tensor:
         """Return the output. `sinks` [heads]: what each head may attend to instead of any token."""
@@ -371,19 +360,67 @@ class _Attention:
         return output.to(self._dtype).transpose(1, 2).contiguous()
 
 
+class _Fold(NamedTuple):
+    """Rows, heads and queries of a batch as matrices [matrices, rows of one, ...] of a product.
+
+    Queries of all rows that share their keys are of one matrix, so that keys aren't repeated.
+    """
+
+    num_rows: int
+    num_heads: int
+    shared: bool
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Fold [rows, kv_heads, queries, dim]."""
+        if not self.shared:
+            return states.flatten(0, 1)
+        return states.transpose(0, 1).flatten(1, 2)
+
+    def back(self, states: torch.Tensor) -> torch.Tensor:
+        if not self.shared:
+            return torch.unflatten(states, 0, (self.num_rows, -1))
+        return torch.unflatten(states, 1, (self.num_rows, -1)).transpose(0, 1)
+
+    def apart(self, scores: torch.Tensor) -> torch.Tensor:
+        """View scores [pieces, *folded, tokens] as [pieces, rows, kv_heads, queries, tokens]."""
+        if not self.shared:
+            return torch.unflatten(scores, 1, (self.num_rows, -1))
+        return torch.unflatten(scores, 2, (self.num_rows, -1)).transpose(1, 2)
+
+
+def _scores(query: torch.Tensor, keys: list[torch.Tensor]) -> torch.Tensor:
+    """Return float32 [pieces, matrices, queries, tokens], of keys [matrices, tokens, dim]."""
+    if query.device.type != "cpu":  # few large products
+        return (query @ torch.stack(keys).transpose(-1, -2)).float()
+    # A copy of the keys would cost more than a product of its own for each piece.
+    scores = query.new_empty(len(keys), *query.shape[:-1], keys[0].shape[-2])
+    for out, piece in zip(scores.unbind(), _widened(keys, query.dtype), strict=True):
+        torch.bmm(query, piece.mT, out=out)
+    return scores
+
+
+def _add_weighted(sums: torch.Tensor, weights: torch.Tensor, values: list[torch.Tensor]) -> None:
+    """Add weights [pieces, matrices, queries, tokens] @ values to float32 sums, in place."""
+    if sums.device.type != "cpu":
+        stacked = torch.stack(values)
+        sums += (weights.to(stacked.dtype) @ stacked).sum(0, dtype=torch.float32)
+        return
+    for part, piece in zip(weights.unbind(), _widened(values, sums.dtype), strict=True):
+        sums.baddbmm_(part, piece)
+
+
+def _widened(pieces: list[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Yield the pieces as `dtype`, one at a time: they are read from the cache then."""
+    return (piece if piece.dtype == dtype else piece.to(dtype) for piece in pieces)
+
+
 def _cut(pieces: list[Piece]) -> Iterator[Piece]:
     """Yield the pieces in pieces of at most `_MOST_TOKENS` tokens."""
     for piece in pieces:
+        if piece.keys.shape[-2] <= _MOST_TOKENS:
+            yield piece
+            continue
         for i in range(0, piece.keys.shape[-2], _MOST_TOKENS):
             span = slice(i, i + _MOST_TOKENS)
             keys, values = piece.keys[..., span, :], piece.values[..., span, :]
             yield Piece(piece.start + i, piece.rows, keys, values)
-
-
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return [batch, heads, n, d] @ [batch or 1, heads, d, m], without repeating the latter."""
-    if right.shape[0] == left.shape[0]:
-        return left @ right
-    batch, heads, rows, _ = left.shape
-    folded = left.transpose(0, 1).reshape(heads, batch * rows, -1) @ right[0]
-    return folded.view(heads, batch, rows, -1).transpose(0, 1)

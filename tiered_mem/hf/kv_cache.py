@@ -8,6 +8,7 @@ recurrent states are bounded, and stay where transformers keeps them.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,9 +25,9 @@ from tiered_mem.errors import ConfigError, UnsupportedModelError
 from tiered_mem.hf.kv_attention import LazyStates, Piece
 from tiered_mem.keys import BlockKey
 from tiered_mem.kv_space import KvSpace
+from tiered_mem.reading import blocks_of_wave
 
 BLOCK_TOKENS = 128
-_MOST_HINTS = 64  # blocks of the next layer that are asked for ahead
 
 
 class TieredCache(DynamicCache):  # type: ignore[misc]
@@ -41,14 +42,9 @@ class TieredCache(DynamicCache):  # type: ignore[misc]
         """Raises as `check`."""
         super().__init__(config=config)
         self.check(config, block_tokens)
-        previous: TieredLayer | None = None
         for number, layer in enumerate(self.layers):
-            if type(layer) is not DynamicLayer:
-                continue
-            tiered = self.layers[number] = TieredLayer(space, number, block_tokens)
-            if previous is not None:
-                previous.following = weakref.ref(tiered)
-            previous = tiered
+            if type(layer) is DynamicLayer:
+                self.layers[number] = TieredLayer(space, number, block_tokens)
         self.num_tiered = sum(isinstance(layer, TieredLayer) for layer in self.layers)
 
     @staticmethod
@@ -86,7 +82,6 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         self.number = number
         self.block_tokens = block_tokens
         self.rows: list[list[int]] = []
-        self.following: weakref.ref[TieredLayer] | None = None  # the next layer with blocks
         self.num_gathered = 0
         self._adopted: tuple[list[tuple[BlockKey, Extent]], Callable[[BlockKey], None]] | None
         self._adopted = None
@@ -114,9 +109,12 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         self.keys = key_states[..., :0, :]
         self.values = value_states[..., :0, :]
         heads = key_states.shape[1]
-        self._split = heads * self.block_tokens * key_states.shape[-1]  # elements of K in a block
-        values = heads * self.block_tokens * value_states.shape[-1]
-        self.block_nbytes = (self._split + values) * self.dtype.itemsize
+        keys, values = (heads * self.block_tokens * t.shape[-1] for t in (key_states, value_states))
+        self._split = keys  # elements of K in a block
+        self.block_nbytes = (keys + values) * self.dtype.itemsize
+        self._keys_in_block, self._values_in_block = (
+            _dense(1, heads, self.block_tokens, t.shape[-1]) for t in (key_states, value_states)
+        )
         self.space.add_layer(self.number, self.block_nbytes)
         if not self.rows:
             self.rows.extend([] for _ in range(key_states.shape[0]))
@@ -180,11 +178,11 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         """
         places = self._places()
         indices = list(places)
-        with self.space.begin(self.number, indices) as reading:
-            self._hint_following()
+        wave = blocks_of_wave(self.space.tiers, self.block_nbytes)
+        with self.space.begin(self.number, indices, wave) as reading:
             if self.num_tail:
                 yield [Piece(self.num_sealed, None, self.keys, self.values)]
-            for positions, slots in reading.batches():
+            for positions, slots in reading.waves():
                 yield [
                     Piece(group * self.block_tokens, rows, *self._views(slot))
                     for position, slot in zip(positions, slots, strict=True)
@@ -304,12 +302,10 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
 
     def _views(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and values of the block in a slot, [1, heads, tokens, dim] each."""
-        block = self.space.view(slot, self.block_nbytes).view(self.dtype)
-        heads = self.keys.shape[1]
-        keys, values = block[: self._split], block[self._split :]
+        memory, first = self.space.elements(slot, self.block_nbytes, self.dtype)
         return (
-            keys.view(1, heads, self.block_tokens, self.keys.shape[-1]),
-            values.view(1, heads, self.block_tokens, self.values.shape[-1]),
+            memory.as_strided(*self._keys_in_block, first),
+            memory.as_strided(*self._values_in_block, first + self._split),
         )
 
     def _cut_tail(self, num_tokens: int) -> None:
@@ -334,12 +330,6 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
             self.space.release(self.number, table[group:])
             del table[group:]
         self.keys, self.values = keys, values
-
-    def _hint_following(self) -> None:
-        following = self.following() if self.following is not None else None
-        if following is not None and following.rows:
-            ahead = dict.fromkeys(index for table in following.rows for index in table)
-            self.space.hint(following.number, list(ahead)[:_MOST_HINTS])
 
 
 class _View:
@@ -376,6 +366,11 @@ class _View:
                 f"the keys of layer {self._layer.number} were kept beyond the next step: the cache "
                 f"has {self._layer.get_seq_length()} tokens now, they had {self.num_tokens}"
             )
+
+
+def _dense(*shape: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return a shape and its strides, in elements."""
+    return shape, tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _abandon(space: KvSpace, layer: int, rows: list[list[int]]) -> None:
