@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,25 @@ from tiered_mem.errors import (
 from tiered_mem.keys import BlockKey, KeyArray, Kind
 from tiered_mem.reading import GIVEN_BACK, Reading, Resident
 from tiered_mem.store import Store
+from tiered_mem.trace_actions import Action
 
 if TYPE_CHECKING:
     from tiered_mem.runtime import Runtime
 
 _MAX_INDEX = (1 << 32) - 1
 Bytes = npt.NDArray[np.uint8]
+
+
+class Recorder(Protocol):
+    """Who notes what happens to the blocks. Keys are packed."""
+
+    def reading(
+        self, owner: Any, keys: KeyArray, largest: int, stream: int, most: int | None = None
+    ) -> Reading:
+        """Return what `Reading` of these arguments is."""
+
+    def note(self, action: Action, keys: KeyArray) -> None:
+        """Blocks came into being, or are forgotten."""
 
 
 class KvSpace:
@@ -45,6 +58,7 @@ class KvSpace:
         self.backend = runtime.backend
         self.store = store
         self.largest_slot = 0
+        self.recorder: Recorder | None = None
         self._number = number
         self._sizes: dict[int, int] = {}
         self._next: Counter[int] = Counter()
@@ -120,6 +134,8 @@ class KvSpace:
         self._write(layer, indices, blocks)
         with self._lock:
             self._users.update(self._pack(layer, indices).tolist())
+        if self.recorder is not None:
+            self.recorder.note(Action.CREATE, self._pack(layer, indices))
         self._admit(layer, indices, blocks)
         return indices
 
@@ -182,7 +198,8 @@ class KvSpace:
         if self._closed:
             raise RuntimeClosedError(GIVEN_BACK)
         keys = self._pack(layer, indices)
-        return Reading(self, keys, self._sizes[layer], threading.get_ident(), most)
+        make = Reading if self.recorder is None else self.recorder.reading
+        return make(self, keys, self._sizes[layer], threading.get_ident(), most)
 
     def read(self, layer: int, index: int, out: Bytes) -> None:
         """Copy a block into host memory of its size. That is no use of it, and moves nothing.
@@ -215,23 +232,6 @@ class KvSpace:
         """Return the bytes of a slot as a tensor on the device: uint8, [nbytes], not a copy."""
         if not self.backend.in_place:
             return self.backend.view(slot, nbytes)
-        tensor = self._tensor  # another thread may close
-        if tensor is None:
-            if self._closed:
-                raise RuntimeClosedError(GIVEN_BACK)
-            memory = np.frombuffer(memoryview(self.tiers.hbm_memory()), np.uint8)
-            tensor = self._tensor = self.backend.wrap(memory)
-        return tensor[slot : slot + nbytes]
-
-    def mend(self, key: BlockKey, slot: int, error: ChecksumError) -> None:
-        """Raise: what a block of KV was computed from isn't here."""
-        adopted = self._adopted.get(key.pack())
-        if adopted is not None:
-            there, damaged = adopted
-            damaged(there)
-        raise ChecksumError(
-            f"{key._replace(space=0)}: {error}; what it was computed from is in the prompt: "
-            "generate again with a new cache"
         return self._memory()[slot : slot + nbytes]
 
     def elements(self, slot: int, nbytes: int, dtype: Any) -> tuple[Any, int]:
@@ -251,6 +251,23 @@ class KvSpace:
 
     def _memory(self) -> Any:
         """Return all of HBM, where that is one mapping: uint8."""
+        tensor = self._tensor  # another thread may close
+        if tensor is None:
+            if self._closed:
+                raise RuntimeClosedError(GIVEN_BACK)
+            memory = np.frombuffer(memoryview(self.tiers.hbm_memory()), np.uint8)
+            tensor = self._tensor = self.backend.wrap(memory)
+        return tensor
+
+    def mend(self, key: BlockKey, slot: int, error: ChecksumError) -> None:
+        """Raise: what a block of KV was computed from isn't here."""
+        adopted = self._adopted.get(key.pack())
+        if adopted is not None:
+            there, damaged = adopted
+            damaged(there)
+        raise ChecksumError(
+            f"{key._replace(space=0)}: {error}; what it was computed from is in the prompt: "
+            "generate again with a new cache"
         ) from error
 
     def close(self) -> None:
@@ -261,6 +278,7 @@ class KvSpace:
             self._closed = True
         self.tiers.remove_space(self._number)
         self._tensor = None
+        self._as_dtype.clear()
         with self.runtime._lock:
             self.runtime._spaces.pop(self._number, None)
 
@@ -278,7 +296,6 @@ class KvSpace:
         # before `_forget`, when nobody reads it any more, so no snapshot is kept.
         with self._writing:
             self._check_open()
-        self._as_dtype.clear()
             staged = self._staging(layer)
             as_tensor = HOST.wrap(staged.view(np.ndarray))
             with self.store.transaction() as txn:
@@ -322,6 +339,8 @@ class KvSpace:
     def _forget(self, keys: list[int]) -> None:
         if not keys:
             return
+        if self.recorder is not None:
+            self.recorder.note(Action.REMOVE, np.array(keys, np.uint64))
         self.tiers.remove_blocks(np.array(keys, np.uint64))
         own = [key for key in keys if self._adopted.pop(key, None) is None]
         if not own:

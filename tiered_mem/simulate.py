@@ -33,7 +33,7 @@ from tiered_mem.errors import ChecksumError, ConfigError
 from tiered_mem.keys import BlockKey, KeyArray, Kind, unpack_keys
 from tiered_mem.policies.prefetch import Decision, ModelInfo, Oracle, Predictor, make_predictor
 from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
-from tiered_mem.reading import Reading
+from tiered_mem.reading import Reading, blocks_of_wave
 from tiered_mem.simulate_prefixes import run_prefixes
 from tiered_mem.stats import Log
 from tiered_mem.trace import Action, Form, Phase, Trace
@@ -248,7 +248,7 @@ class _EventRun:
         self._before, self._inside = machine.event_seconds(trace)
         self._layers = self._layers_in_order()
         self._largest = np.maximum.reduceat(trace.nbytes, trace.offsets[:-1]).tolist()
-        self._streams = trace.event_sequence.tolist()
+        self._streams, self._kinds = trace.event_sequence.tolist(), trace.event_kind.tolist()
         self._num_experts = trace.header.num_experts or 1 + int(
             unpack_keys(trace.blocks[0])[2].max(initial=0)
         )
@@ -311,8 +311,9 @@ class _EventRun:
     def _read(self, i: int, number: int) -> None:
         """Run event `i`, which is the trace's read `number`."""
         tiers, keys, stream = self.tiers, self._trace.event(i), self._streams[i]
-        share = self._inside[i] / len(keys)
-        with Reading(self, keys, self._largest[i], stream) as reading:
+        share, nbytes = self._inside[i] / len(keys), self._largest[i]
+        most = blocks_of_wave(tiers, nbytes) if self._kinds[i] == Kind.KV else None
+        with Reading(self, keys, nbytes, stream, most) as reading:
             if self._predictor.follows_routes:
                 self._predict(number, keys, stream)
             for _ in reading:

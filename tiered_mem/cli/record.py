@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tiered_mem.cli import output
 
+if TYPE_CHECKING:
+    from tiered_mem.hf.kv_record import KvRecorder
+    from tiered_mem.hf.record import Recorder
+
 
 def record(
-    checkpoint: Annotated[str, typer.Argument(help="A directory or hub id of a MoE model.")],
+    checkpoint: Annotated[str, typer.Argument(help="A directory or hub id of a model.")],
     out: Annotated[Path, typer.Option("-o", "--output", help="The trace to write, an .npz.")],
     text: Annotated[
         Path | None, typer.Option(help="Read this file token by token, as if it were generated.")
@@ -22,8 +26,13 @@ def record(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens in all.")] = 1024,
     window: Annotated[
-        int, typer.Option(min=2, help="Tokens of a sequence of --text; then the next one begins.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens of a sequence of --text, then the next one begins. Default: 256; all with "
+            "--kv.",
+        ),
+    ] = None,
     num_prefill: Annotated[
         int, typer.Option(min=1, help="Of these, read at once at the start, as a prompt is.")
     ] = 32,
@@ -34,10 +43,19 @@ def record(
     ] = False,
     hbm: Annotated[str, typer.Option(help="Budget: 6GiB, 500MB, 25% of the experts.")] = "auto",
     dram: Annotated[str, typer.Option(help="Budget of the second tier, 0 for none.")] = "0",
+    kv: Annotated[
+        str | None,
+        typer.Option(
+            help="Record blocks of keys and values instead, of dense models too, with this budget."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
     as_json: output.JsonOption = False,
 ) -> None:
-    """Record which experts a model asks for, what its gates predict and what computing takes."""
+    """Record which experts a model asks for, what its gates predict and what computing takes.
+
+    With --kv: which blocks of keys and values it makes and reads, of 128 tokens each.
+    """
     import tiered_mem
     from tiered_mem.atomic_file import check_new
     from tiered_mem.cli.run import load_tokenizer, quiet_transformers
@@ -45,6 +63,8 @@ def record(
 
     if (text is None) == (prompt is None):
         raise ConfigError("give either --text FILE or --prompt TEXT")
+    if kv is not None and hidden:
+        raise ConfigError("--hidden is of experts' routers: leave it out with --kv")
     check_new(out, overwrite=force)
     quiet_transformers()
     tokenizer = load_tokenizer(checkpoint)
@@ -53,13 +73,19 @@ def record(
         raise ConfigError("the text has fewer than two tokens: give more of it")
     with output.progress_bar("packing", hidden=as_json) as progress:
         model = tiered_mem.from_pretrained(
-            checkpoint, hbm=hbm, dram=dram, prefetch="none", progress=progress
+            checkpoint, hbm=hbm, dram=dram, prefetch="none", kv=kv, progress=progress
         )
-    with closing(model.tiered_mem), output.status("recording", hidden=as_json):
-        _warm_up(model, ids)
-        with model.tiered_mem.record(hidden=hidden) as recorder:
+    with closing(model.tiered_mem) as handle, output.status("recording", hidden=as_json):
+        recorder: Recorder | KvRecorder
+        if kv is None:
+            _warm_up(model, ids)
+            recorder = handle.record(hidden=hidden)
+        else:
+            recorder = (handle if isinstance(handle, tiered_mem.KvPool) else handle.kv).record()
+        with recorder:
             if text:
-                _read(model, ids[:, :max_tokens], window, num_prefill)
+                every = 256 if kv is None else max_tokens
+                _read(model, ids[:, :max_tokens], window or every, num_prefill)
             else:
                 _generate(model, ids, max_tokens, temperature, seed)
         source = f"text {text.name}" if text else "a prompt"
@@ -68,15 +94,15 @@ def record(
     counts = {
         "path": str(out),
         "num_tokens": trace.num_tokens,
-        "num_events": trace.num_events,
-        "num_accesses": trace.num_accesses,
+        "num_events": trace.reads.num_events,
+        "num_accesses": trace.reads.num_accesses,
     }
     if as_json:
         output.print_json(counts)
     else:
         print(
-            f"{out} holds {trace.num_tokens} tokens, {trace.num_events} events with "
-            f"{trace.num_accesses} accesses"
+            f"{out} holds {counts['num_tokens']} tokens, {counts['num_events']} events with "
+            f"{counts['num_accesses']} accesses"
         )
 
 
@@ -95,13 +121,24 @@ def _read(model: Any, ids: Any, window: int, num_prefill: int) -> None:
     with torch.no_grad():
         for start in range(0, ids.shape[1], window):
             tokens = ids[:, start : start + window]
-            done = model(input_ids=tokens[:, :num_prefill], use_cache=True)
+            cache = _new_cache(model.tiered_mem)
+            first = tokens[:, :num_prefill]
+            done = model(input_ids=first, past_key_values=cache, use_cache=True)
             for position in range(num_prefill, tokens.shape[1]):
                 done = model(
                     input_ids=tokens[:, position : position + 1],
                     past_key_values=done.past_key_values,
                     use_cache=True,
                 )
+            if cache is not None:
+                cache.close()
+
+
+def _new_cache(handle: Any) -> Any:
+    """Return a cache of the model's tiered KV; None if it has none."""
+    from tiered_mem import KvPool
+
+    return handle.cache() if isinstance(handle, KvPool) or handle.kv is not None else None
 
 
 def _generate(model: Any, ids: Any, max_tokens: int, temperature: float, seed: int) -> None:

@@ -26,6 +26,7 @@ from tiered_mem.hf import kv_attention
 from tiered_mem.hf.device import require_one_device, usable
 from tiered_mem.hf.kv_cache import BLOCK_TOKENS, TieredCache
 from tiered_mem.hf.kv_prefixes import Prefixes, prompt_of
+from tiered_mem.hf.kv_record import KvRecorder
 from tiered_mem.hf.kv_saving import Chain
 from tiered_mem.hf.overrides import Overrides
 from tiered_mem.policy import DEFAULT_EVICTION, EvictionPolicy, resolve_eviction
@@ -34,9 +35,9 @@ from tiered_mem.scratch import make_scratch, store_in
 from tiered_mem.stats import Stats
 from tiered_mem.store import Store
 
-
 # Blocks of KV are small, and a disk needs so many of them under way to be at its fastest.
 _NUM_IO_THREADS = 8
+
 
 class KvPool:
     """The KV memory of a model, shared by all its caches: a runtime and a store of its own.
@@ -133,6 +134,14 @@ class KvPool:
         """Wait until all sealed blocks of what was generated are stored, if they are to be."""
         if self.prefixes is not None:
             self.prefixes.flush()
+
+    def record(self) -> KvRecorder:
+        """Return a context manager: what the caches do inside it becomes a `Trace`.
+
+        See `TieredModel.record`; experts and KV blocks, which have budgets of their own, are
+        recorded apart. Raises `RuntimeClosedError` when it is entered.
+        """
+        return KvRecorder(self)
 
     @property
     def num_damaged(self) -> int:
