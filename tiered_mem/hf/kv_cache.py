@@ -45,7 +45,10 @@ class TieredCache(DynamicCache):  # type: ignore[misc]
         for number, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[number] = TieredLayer(space, number, block_tokens)
-        self.num_tiered = sum(isinstance(layer, TieredLayer) for layer in self.layers)
+        tiered = self.tiered_layers()
+        self.num_tiered = len(tiered)
+        for layer, following in zip(tiered, tiered[1:] + tiered[:1], strict=True):
+            layer.following = weakref.ref(following)
 
     @staticmethod
     def check(config: PreTrainedConfig, block_tokens: int) -> None:
@@ -82,6 +85,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         self.number = number
         self.block_tokens = block_tokens
         self.rows: list[list[int]] = []
+        self.following: weakref.ref[TieredLayer] | None = None  # of the next one that has blocks
         self.num_gathered = 0
         self._adopted: tuple[list[tuple[BlockKey, Extent]], Callable[[BlockKey], None]] | None
         self._adopted = None
@@ -182,12 +186,26 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         with self.space.begin(self.number, indices, wave) as reading:
             if self.num_tail:
                 yield [Piece(self.num_sealed, None, self.keys, self.values)]
+            left, hinted = len(indices), False
             for positions, slots in reading.waves():
+                left -= len(positions)
+                if left <= wave and not hinted:  # the last wave is on its way
+                    self._hint_following(wave)
+                    hinted = True
                 yield [
                     Piece(group * self.block_tokens, rows, *self._views(slot))
                     for position, slot in zip(positions, slots, strict=True)
                     for group, rows in places[indices[position]]
                 ]
+
+    def _hint_following(self, num_blocks: int) -> None:
+        """Let blocks of the next layer come once this one's have, while others compute.
+
+        Any sooner they would only take slots from this one's.
+        """
+        following = self.following() if self.following is not None else None
+        if following is not None and following is not self and following.rows:
+            self.space.hint(following.number, following.rows[0][:num_blocks])
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all keys and values, [batch, heads, tokens, dim], in memory of the device."""
