@@ -158,6 +158,19 @@ def check_replay(results: dict[str, Any]) -> None:
     assert all(len(row) == 3 for row in summary["nanoseconds_per_request"].values())
 
 
+def check_resume(results: dict[str, Any]) -> None:
+    summary = results["summary"]
+    assert summary["same_token"] and summary["same_decoded"]
+    assert summary["num_restored"] == 384  # of 400 tokens
+    assert summary["compute_seconds"] > 0 and summary["resume_seconds"] > 0
+    (resumed,) = results["rounds"]["resume"]
+    assert resumed["cached_nbytes"] == 0, "the file was dropped from the page cache"
+    settings = results["settings"]
+    assert resumed["load_nbytes"] == settings["num_groups"] * settings["group_nbytes"]
+    assert results["rounds"]["save"][0]["nbytes"] == resumed["load_nbytes"]
+    assert "summary" in results["lmcache"] or results["lmcache"]["why_not"]
+
+
 CHECKS = {
     "bench_agreement": check_agreement,
     "bench_decode": check_decode,
@@ -168,5 +181,6 @@ CHECKS = {
     "bench_policies": check_policies,
     "bench_prefetch": check_prefetch,
     "bench_replay": check_replay,
+    "bench_resume": check_resume,
     "bench_store": check_store,
 }
