@@ -96,6 +96,17 @@ def check_context(results: dict[str, Any]) -> None:
         assert found["to_strict_limit"] >= found["to_limit"]
 
 
+def check_mooncake(results: dict[str, Any]) -> None:
+    assert results["summary"]["all_equal"]
+    assert results["summary"]["num_wrong"] == 0
+    runs = results["rounds"]
+    for run in runs:
+        assert 0 < run["num_prefix_hits"] < run["num_verified"] < run["num_accesses"]
+        assert run["num_evictions"] > 0 and run["num_nvme_reads"] > 0
+        assert (run["num_dram_hits"] > 0) == (run["dram"] > 0)
+    assert {run["eviction"] for run in runs if run["equal"]} >= {"lru", "lfu", "arc", "s3-fifo"}
+
+
 def check_overhead(results: dict[str, Any]) -> None:
     summary = results["summary"]
     assert {"acquire", "wait_any", "release", "whole"} == set(summary["event_us"])
@@ -177,6 +188,7 @@ CHECKS = {
     "bench_fidelity": check_fidelity,
     "bench_guesses": check_guesses,
     "bench_context": check_context,
+    "bench_mooncake": check_mooncake,
     "bench_overhead": check_overhead,
     "bench_policies": check_policies,
     "bench_prefetch": check_prefetch,

@@ -223,6 +223,10 @@ class KvSpace:
         with self.store.snapshot() as snapshot:
             snapshot.read(BlockKey(Kind.KV, layer, index), out)
 
+    def resident(self, layer: int, index: int) -> bool:
+        """Whether a block is in HBM and ready."""
+        return bool(self.tiers.resident(int(self._pack(layer, [index])[0])))
+
     def hint(self, layer: int, indices: Sequence[int]) -> None:
         """Say that the next event of `layer` in this thread reads these blocks."""
         if len(indices) and not self.closed:
