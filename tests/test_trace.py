@@ -336,3 +336,49 @@ def test_saving_never_leaves_half_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert Trace.load(path).row_weight.tolist() == [0.5] * 10
     with pytest.raises(FileNotFoundError, match="no directory"):
         toy().save(tmp_path / "nowhere" / "x.npz")
+
+
+# --- blocks that come and go ---
+
+GOING = {"kind": Kind.KV, "nbytes": 8, "layer": 0, "step": 0, "phase": 0}
+
+
+def going(index: list[int], start: list[int], action: list[int], **columns: Any) -> Trace:
+    header = TraceHeader(Form.EVENTS)
+    given = GOING | columns
+    return Trace.from_rows(header, index=index, event_start=start, action=action, **given)
+
+
+def test_events_say_what_they_do(tmp_path: Path) -> None:
+    trace = going([1, 2, 1, 2, 1, 3], [0, 2, 4, 5], [1, 0, 2, 1])
+    assert trace.num_events == 4 and trace.offsets.tolist() == [0, 2, 4, 5, 6]
+    assert trace.reads.num_accesses == 2 and trace.reads.num_events == 1
+    assert trace.total_nbytes == 16, "block 1 had gone when block 3 came"
+    trace.save(tmp_path / "x.npz")
+    again = Trace.load(tmp_path / "x.npz")
+    assert again.event_action.tolist() == [1, 0, 2, 1]
+    assert again.offsets.tolist() == trace.offsets.tolist()
+
+
+@pytest.mark.parametrize(
+    ("index", "start", "action", "columns", "message"),
+    [
+        ([1, 1], [0, 1], [0, 1], {}, "row 1: .*created after it was there"),
+        ([1, 1], [0, 1], [2, 0], {}, "row 0: .*asked for after it was removed"),
+        ([1, 1], [0, 1], [0, 3], {}, "action is 3"),
+        ([1, 1], [0, 1], [0], {}, "there are 2 events"),
+        ([1, 1], [1], [0], {}, "event_start must rise from 0"),
+        ([1, 1], [0, 2], [0, 0], {}, "event_start must rise from 0"),
+        ([1, 2], [0], [0], {"layer": [0, 1]}, "row 1: no event starts here"),
+    ],
+)
+def test_events_that_cannot_be(
+    index: list[int], start: list[int], action: list[int], columns: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TraceError, match=message):
+        going(index, start, action, **columns)
+
+
+def test_a_trace_without_reads_has_none() -> None:
+    with pytest.raises(TraceError, match="none of its events does READ"):
+        _ = going([1], [0], [1]).reads
