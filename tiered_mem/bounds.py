@@ -6,7 +6,8 @@ events, in two forms:
 - forced admission: when an event ends, all its blocks are in HBM, as in the runtime, whose events
   pin them;
 - bypass: a missing block may pass through without taking room from what is used sooner. So may
-  those of an event larger than HBM in the first form, for the runtime cuts it into waves.
+  those of an event larger than HBM in the first form, for the runtime cuts it into waves; and where
+  events read KV, which always go in short waves, both forms are this one.
 
 If all slots are of one size, both are the least that a policy on demand can miss. For several sizes
 the least is NP-hard to find: then they are what a good clairvoyant policy reaches (`is_exact` is
@@ -50,6 +51,7 @@ import numpy.typing as npt
 
 from tiered_mem import _core
 from tiered_mem.errors import BudgetError
+from tiered_mem.keys import Kind
 from tiered_mem.trace import Action, Form, Trace
 
 if TYPE_CHECKING:
@@ -110,6 +112,8 @@ def bounds(trace: Trace, *, hbm: int, machine: Machine, dram: int = 0) -> Bounds
     by_slot = _core.Future(offsets, blocks, slots)
     forced = _core.belady(by_slot, capacity=hbm, pinned_nbytes=hbm, divisible=False) > 0
     bypass = _core.belady(by_slot, capacity=hbm, pinned_nbytes=0, divisible=False) > 0
+    if whole and (trace.event_kind == Kind.KV).any():
+        forced = bypass.copy()  # events of KV run in short waves: not all their blocks stay
     by_byte = _core.Future(offsets, blocks, nbytes)
     room = _usable(hbm, nbytes, slots)[1]
     lower = _core.belady(by_byte, capacity=room, pinned_nbytes=0, divisible=True)
