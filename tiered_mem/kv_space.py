@@ -228,8 +228,11 @@ class KvSpace:
         return bool(self.tiers.resident(int(self._pack(layer, [index])[0])))
 
     def hint(self, layer: int, indices: Sequence[int]) -> None:
-        """Say that the next event of `layer` in this thread reads these blocks."""
-        if len(indices) and not self.closed:
+        """Say that the next event of `layer` in this thread reads these blocks.
+
+        Nothing while a recorder is there: a trace is of demand alone, and of the same decisions.
+        """
+        if len(indices) and not self.closed and self.recorder is None:
             self.tiers.hint(self._pack(layer, indices), threading.get_ident(), True)
 
     def view(self, slot: int, nbytes: int) -> Any:
