@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -327,15 +328,54 @@ def test_bad_input(stock: LlamaForCausalLM, start: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="prefixes=DIRECTORY"):
         plain.tiered_mem.save(plain.tiered_mem.cache(), tokens(3)[0])
     plain.tiered_mem.close()
+    with pytest.raises(ConfigError, match="prefix_states is 0"):
+        start(prefix_states=0)
+    with pytest.raises(UnsupportedModelError, match="windows"):
+        start(windowed(), prefix_states="none")
+
+
+def windowed() -> Gemma2ForCausalLM:
+    torch.manual_seed(0)
     config = Gemma2Config(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
-        sliding_window=8,
+        head_dim=16,
+        sliding_window=13,
+        initializer_range=0.3,
+        eos_token_id=None,
     )
-    with pytest.raises(UnsupportedModelError, match="Sliding"):
-        start(Gemma2ForCausalLM(config))
+    return Gemma2ForCausalLM(config).eval()
+
+
+# Every 16 tokens, windows of 13 are all there is between: every block is an end.
+@pytest.mark.parametrize(("states", "step"), [("full", 8), (16, 8), (40, 40)])
+def test_windows_come_back(start: Callable[..., Any], states: str | int, step: int) -> None:
+    stock, got = windowed(), tokens(45)
+    for seed, most in ((5, 0), (6, 64), (7, 88)):
+        prompt = torch.cat([got, tokens(7, seed)], 1)
+        expected = ask(stock, prompt, 16)
+        model = start(windowed(), prefix_states=states)
+        got = ask(model, prompt, 16)
+        assert torch.equal(got, expected)
+        assert model.tiered_mem.num_restored_tokens == most // step * step
+        model.tiered_mem.close()
+
+
+def test_a_missing_window_cuts_the_prefix(start: Callable[..., Any]) -> None:
+    prompt = tokens(45)
+    model = start(windowed())
+    ask(model, prompt, 5)
+    model.tiered_mem.flush()
+    prefixes = model.tiered_mem.prefixes
+    records = prefixes._store.match(prompt[0].numpy())
+    (window, *_) = prefixes.states.windows
+    bare = dataclasses.replace(records[3], layers=tuple(set(records[3].layers) - {window}))
+    prefixes._store.index.records[bare.hash] = bare
+    assert torch.equal(ask(model, prompt), ask(windowed(), prompt))
+    # The windows of ends 4 and 5 need group 3; that of end 3 doesn't.
+    assert model.tiered_mem.num_restored_tokens == 24
+    model.tiered_mem.close()

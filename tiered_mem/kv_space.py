@@ -111,11 +111,11 @@ class KvSpace:
     def block_nbytes(self, layer: int) -> int:
         return self._sizes[layer]
 
-    def create(self, layer: int, blocks: Sequence[Any]) -> list[int]:
+    def create(self, layer: int, blocks: Sequence[Any], *, admit: bool = True) -> list[int]:
         """Keep new blocks of a layer; return their indices, each with one user.
 
         `blocks` are uint8 tensors [block_nbytes] on the runtime's device. They are in the store
-        and, as far as they fit, in HBM when this returns.
+        and, as far as they fit, in HBM when this returns; not so without `admit`.
 
         Raises `StoreFullError`, `StoreError` (then none of them is kept), `RuntimeClosedError`.
         """
@@ -136,7 +136,8 @@ class KvSpace:
             self._users.update(self._pack(layer, indices).tolist())
         if self.recorder is not None:
             self.recorder.note(Action.CREATE, self._pack(layer, indices))
-        self._admit(layer, indices, blocks)
+        if admit:
+            self._admit(layer, indices, blocks)
         return indices
 
     def adopt(

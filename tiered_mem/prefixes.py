@@ -284,7 +284,11 @@ class PrefixStore:
 
     def read_state(self, record: Record, state: int) -> Bytes:
         """Return state `state` of a group. Raises as `Snapshot.read`."""
-        key = BlockKey(Kind.KV, STATE_LAYER + state, record.index)
+        return self.read_layer(record, STATE_LAYER + state)
+
+    def read_layer(self, record: Record, layer: int) -> Bytes:
+        """Return one payload of a group. Raises as `Snapshot.read`."""
+        key = BlockKey(Kind.KV, layer, record.index)
         with self.store.snapshot() as snapshot:
             out = allocate(snapshot.nbytes(key))
             snapshot.read(key, out)

@@ -55,6 +55,7 @@ class KvPool:
         eviction: str | type[EvictionPolicy] = DEFAULT_EVICTION,
         prefixes: str | Path | None = None,
         prefixes_capacity: int | None = None,
+        prefix_states: str | int = "full",
         block_tokens: int = BLOCK_TOKENS,
     ) -> None:
         policy = resolve_eviction(eviction)
@@ -81,7 +82,7 @@ class KvPool:
             self.prefixes: Prefixes | None = None
             if prefixes is not None:
                 self.prefixes = Prefixes(
-                    model, self.space, block_tokens, prefixes, prefixes_capacity
+                    model, self.space, block_tokens, prefixes, prefixes_capacity, prefix_states
                 )
                 undo.callback(self.prefixes.close)
             self._overrides = Overrides(model)
@@ -109,6 +110,8 @@ class KvPool:
         if self.closed:
             raise RuntimeClosedError("this model's KV memory was given back: load the model again")
         cache = TieredCache(self.space, self.model.config, self.block_tokens)
+        if self.prefixes is not None:
+            self.prefixes.states.prepare(cache)
         if prompt is not None and self.prefixes is not None:
             self.num_restored_tokens += self.prefixes.restore(cache, prompt)
         return cache
@@ -176,6 +179,7 @@ def tier_kv(
     eviction: str | type[EvictionPolicy] = DEFAULT_EVICTION,
     prefixes: str | Path | None = None,
     prefixes_capacity: int | None = None,
+    prefix_states: str | int = "full",
     block_tokens: int = BLOCK_TOKENS,
 ) -> PreTrainedModel:
     """Give a model in memory, dense or a wrapped Mixture of Experts, tiered KV; return it.
@@ -195,6 +199,9 @@ def tier_kv(
             under a hash of the model and all tokens before them. A prompt that starts with stored
             ones, in this process or a later one, computes only the rest.
         prefixes_capacity: Bytes that their file may have; what was used least recently goes.
+        prefix_states: Where stored prefixes of a model with sliding windows can end: "full", after
+            every block; a number, after every so many tokens, which takes less space. "none" is for
+            models without windows.
         block_tokens: Tokens of a block.
 
     Raises:
@@ -213,6 +220,7 @@ def tier_kv(
         eviction=eviction,
         prefixes=prefixes,
         prefixes_capacity=prefixes_capacity,
+        prefix_states=prefix_states,
         block_tokens=block_tokens,
     )
     if handle is None:

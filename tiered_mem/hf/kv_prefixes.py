@@ -17,11 +17,13 @@ import torch
 from transformers import PreTrainedModel
 
 from tiered_mem.callers import stacklevel
-from tiered_mem.errors import ConfigError, UnsupportedModelError
+from tiered_mem.errors import ChecksumError, ConfigError, TransferError
 from tiered_mem.hf.kv_cache import TieredCache
 from tiered_mem.hf.kv_saving import Buffers, Chain, Pending, Saver
+from tiered_mem.hf.kv_states import States
 from tiered_mem.keys import BlockKey
 from tiered_mem.kv_space import KvSpace
+from tiered_mem.prefix_index import Record
 from tiered_mem.prefixes import Group, PrefixStore
 
 _SAMPLE_NBYTES = 4096  # of every parameter, to tell models apart
@@ -39,14 +41,16 @@ class Prefixes:
         block_tokens: int,
         directory: str | Path,
         capacity: int | None,
+        states: str | int = "full",
     ) -> None:
         """Open the store in `directory`, or make one. `capacity` limits its file's bytes.
 
-        Raises `UnsupportedModelError` if the model's cache has more than blocks, and as
-        `PrefixStore.open`.
+        `states`: see `tier_kv`. Raises as `States` and `PrefixStore.open`.
         """
-        _require_blocks_alone(model, TieredCache(space, model.config, block_tokens))
-        layout = {"block_tokens": block_tokens, "dtype": str(model.dtype)}
+        self.states = States(
+            model, TieredCache(space, model.config, block_tokens), block_tokens, states
+        )
+        layout = {"block_tokens": block_tokens, "dtype": str(model.dtype), **self.states.layout}
         self._space = space
         self._block_tokens = block_tokens
         self._lock = threading.RLock()
@@ -74,7 +78,12 @@ class Prefixes:
             places = self._store.places(records)
             if not places:
                 return 0
+            places = places[: self.states.cut(records[: len(places)])]
+            if not places:
+                return 0
             records = records[: len(places)]
+            if not self._put_back(cache, records):
+                return self.restore(cache, token_ids)
             held.enter_context(self._store.hold(records))
             owner = {record.index: record for record in records}
 
@@ -173,6 +182,19 @@ class Prefixes:
         blocks = [(layer, self._read(layer, index)) for layer, index in pending.blocks]
         return Group(pending.parent, pending.token_ids, blocks)
 
+    def _put_back(self, cache: TieredCache, records: Sequence[Record]) -> bool:
+        """Put the windows into the cache; return False if one was found damaged, and dropped."""
+        for number, groups in self.states.of_windows(records).items():
+            blocks = []
+            for group in groups:
+                try:
+                    blocks.append(self._store.read_layer(records[group], number))
+                except (ChecksumError, TransferError):
+                    self._store.damaged(records[group])
+                    return False
+            cache.layers[number].restore(len(records), blocks)
+        return True
+
     def _read(self, layer: int, index: int) -> npt.NDArray[np.uint8]:
         out = self._buffers.take(self._space.block_nbytes(layer))
         self._space.read(layer, index, out)
@@ -198,16 +220,6 @@ def fingerprint(model: PreTrainedModel) -> str:
     if store is not None:
         digest.update(str(store.metadata.get("experts", {}).get("fingerprint")).encode())
     return digest.hexdigest()
-
-
-def _require_blocks_alone(model: PreTrainedModel, cache: TieredCache) -> None:
-    others = {type(layer).__name__ for layer in cache.layers} - {"TieredLayer"}
-    if others:
-        raise UnsupportedModelError(
-            f"model type {model.config.model_type!r} has more than blocks in its cache "
-            f"({', '.join(sorted(others))}), which can't be stored with them yet: use its KV "
-            "without a store of prefixes"
-        )
 
 
 def _as_ids(token_ids: torch.Tensor | Sequence[int]) -> TokenIds:

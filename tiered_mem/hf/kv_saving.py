@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from tiered_mem.catalogue import allocate
 from tiered_mem.hf.kv_cache import TieredCache
+from tiered_mem.hf.kv_states import SavedWindow
 from tiered_mem.kv_space import KvSpace
 from tiered_mem.prefix_index import group_hash
 
@@ -44,12 +45,18 @@ class Chain:
         layers = self.cache.tiered_layers()
         if any(len(layer.rows) != 1 for layer in layers):
             return []
+        windows = [layer for layer in self.cache.layers if isinstance(layer, SavedWindow)]
         num_sealed = min(layer.num_sealed for layer in layers) // block_tokens
         first, self._num_groups = self._num_groups, max(num_sealed, self._num_groups)
         found = []
         for number in range(first, num_sealed):
             tokens = ids[number * block_tokens : (number + 1) * block_tokens]
             blocks = [(layer.number, layer.rows[0][number]) for layer in layers]
+            blocks += [
+                (window.number, window.blocks[number])
+                for window in windows
+                if number in window.blocks
+            ]
             found.append(Pending(self, layers[0].space, self._parent, tokens, blocks))
             self._parent = found[-1].hash
         return found
