@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -21,14 +22,15 @@ GIVEN_BACK = "this model's blocks were given back: load it again to use it"
 
 
 _MOST_BLOCKS = 32  # of a wave of KV
+_WAVES_AHEAD = 3  # of short waves, so that neither the link nor who computes waits for the other
 
 
 def blocks_of_wave(tiers: _core.Tiers, nbytes: int) -> int:
     """Return how many KV blocks of this size to pin at a time, and so to compute with.
 
-    Most of HBM is for what was read before.
+    With those on their way they take half of HBM: the rest is for what was read before.
     """
-    return max(1, min(_MOST_BLOCKS, int(tiers.max_event(nbytes)) // 4))
+    return max(1, min(_MOST_BLOCKS, int(tiers.max_event(nbytes)) // (2 * (1 + _WAVES_AHEAD))))
 
 
 class Owner(Protocol):
@@ -68,13 +70,14 @@ class Reading:
     A slot (byte offset into HBM's memory, or an address of the device's) is good until the next
     step of the iteration after which the event's wave ends; don't keep views of it beyond the loop.
     An event with more blocks than HBM has slots, or than it is given for a wave, runs in waves,
-    present blocks first, the next wave loading meanwhile. Short waves pin little, so that what was
-    there before them may stay; `waves` gives each when all of it is ready.
+    present blocks first, the next wave (of short ones: the next few) loading meanwhile. Short waves
+    pin little, so that what was there before them may stay; `waves` gives each when all of it is
+    ready.
     """
 
     __slots__ = (
-        *("_ahead", "_backend", "_current", "_keys", "_largest", "_owner", "_stream", "_tiers"),
-        "_waves",
+        *("_ahead", "_backend", "_current", "_keys", "_largest", "_most_ahead", "_owner"),
+        *("_stream", "_tiers", "_waves"),
     )
 
     def __init__(
@@ -92,17 +95,19 @@ class Reading:
         self._stream = stream
         # The positions of each wave that hasn't started.
         self._waves = self._plan(range(len(keys)), most)
-        self._ahead: _Wave | None = None
+        self._most_ahead = 1 if most is None else _WAVES_AHEAD
+        self._ahead: deque[_Wave] = deque()
         self._current = self._start()
 
     def __enter__(self) -> Reading:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for wave in (self._current, self._ahead):
+        for wave in (self._current, *self._ahead):
             if wave is not None:
                 wave.event.release(self._backend.compute())
-        self._current = self._ahead = None
+        self._current = None
+        self._ahead.clear()
 
     def _plan(self, positions: Sequence[int], most: int | None = None) -> list[Sequence[int]]:
         """Cut `positions` into waves of at most `most` blocks."""
@@ -162,12 +167,14 @@ class Reading:
     def _each_wave(self) -> Iterator[_Wave]:
         while self._current is not None:
             # Without waiting: whoever waits for slots must hold none.
-            self._ahead = self._start(wait=False)
+            while len(self._ahead) < self._most_ahead:
+                wave = self._start(wait=False)
+                if wave is None:
+                    break
+                self._ahead.append(wave)
             yield self._current
             self._current.event.release(self._backend.compute())
-            self._current, self._ahead = self._ahead, None
-            if self._current is None:
-                self._current = self._start()
+            self._current = self._ahead.popleft() if self._ahead else self._start()
 
     def _drain(self, event: Any, positions: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
         slots = event.slots
