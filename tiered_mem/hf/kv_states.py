@@ -61,8 +61,8 @@ class States:
             )
         if choice == "none" and self.windows:
             raise UnsupportedModelError(
-                f"{kind} has windows in its cache. What they hold "
-                " depends on tokens further back than any that could be computed "
+                f"{kind} has windows in its cache. What they "
+                "hold depends on tokens further back than any that could be computed "
                 "again: store them with prefix_states='full', or every so many tokens"
             )
 
