@@ -30,7 +30,7 @@ class Pieces:
     def whole(self) -> None:
         return None
 
-    def batches(self) -> Iterator[list[Piece]]:
+    def batches(self, wanted: torch.Tensor | None = None) -> Iterator[list[Piece]]:
         rows = [None] if not self.per_row else [[i] for i in range(self.keys.shape[0])]
         starts = range(0, self.num_tokens, self.size)
         all_pieces = [(start, row) for start in starts for row in rows]

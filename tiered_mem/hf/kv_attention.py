@@ -53,8 +53,12 @@ class Blocks(Protocol):
     def whole(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return keys and values if all of them are in one place, else None."""
 
-    def batches(self) -> Iterator[list[Piece]]:
-        """Yield each token once, in pieces that became ready together."""
+    def batches(self, wanted: torch.Tensor | None = None) -> Iterator[list[Piece]]:
+        """Yield each token once, in pieces that became ready together.
+
+        `wanted`: bool [batch or 1, tokens] on the host, the tokens that some query sees; others
+        may be left out. None: all.
+        """
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values whole: [batch, kv_heads, tokens, dim]."""
@@ -239,10 +243,24 @@ def _attend(
         )
         for span in _spans(query)
     ]
-    for pieces in source.batches():
+    for pieces in source.batches(_wanted(mask, source.num_tokens)):
         for part in spans:
             part.add(pieces)
     return torch.cat([part.result(sinks) for part in spans], 1), None
+
+
+def _wanted(mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+    """Return which tokens any query sees, [batch or 1, tokens] on the host; None if all are needed.
+
+    All are for a query that sees none: a model's own attention gives such padding the mean of them.
+    """
+    if mask is None or mask.shape[-1] != num_tokens:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    wanted = seen.any(1).any(1)
+    if bool(wanted.all()) or not bool(seen.any(-1).all()):
+        return None
+    return wanted.cpu()
 
 
 def _spans(query: torch.Tensor) -> list[slice]:

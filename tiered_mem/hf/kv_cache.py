@@ -175,12 +175,13 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
                 HOST.wrap(out).copy_(self.space.view(slot, self.block_nbytes))
         return out
 
-    def batches(self) -> Iterator[list[Piece]]:
+    def batches(self, wanted: torch.Tensor | None = None) -> Iterator[list[Piece]]:
         """Yield all tokens in pieces: the tail, then blocks as they arrive.
 
+        With `wanted`, bool [batch or 1, tokens] on the host, only blocks that have one of those.
         A piece's views are good until the next step.
         """
-        places = self._places()
+        places = self._places(self._wanted_groups(wanted))
         indices = list(places)
         wave = blocks_of_wave(self.space.tiers, self.block_nbytes)
         with self.space.begin(self.number, indices, wave) as reading:
@@ -298,14 +299,26 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
             self.space.release(self.number, table)
         self.rows[:] = tables
 
-    def _places(self) -> dict[int, list[tuple[int, torch.Tensor | None]]]:
-        """Return, by block, where it stands: (group, batch rows), the rows None if that is all."""
+    def _wanted_groups(self, wanted: torch.Tensor | None) -> list[Sequence[int]]:
+        """Return, by row, the groups whose blocks have a wanted token."""
+        if wanted is None:
+            return [range(len(table)) for table in self.rows]
+        by_group = wanted[:, : self.num_sealed].unflatten(1, (-1, self.block_tokens)).any(2)
+        groups: list[Sequence[int]] = [np.flatnonzero(row).tolist() for row in by_group.numpy()]
+        return groups if len(groups) == len(self.rows) else groups * len(self.rows)
+
+    def _places(
+        self, groups: Sequence[Sequence[int]]
+    ) -> dict[int, list[tuple[int, torch.Tensor | None]]]:
+        """Return, by block of the rows' `groups`, where it stands: (group, batch rows), the rows
+        None if that is all."""
         if len(self.rows) == 1:
-            return {index: [(group, None)] for group, index in enumerate(self.rows[0])}
+            table = self.rows[0]
+            return {table[group]: [(group, None)] for group in groups[0]}
         found: dict[int, dict[int, list[int]]] = {}
         for row, table in enumerate(self.rows):
-            for group, index in enumerate(table):
-                found.setdefault(index, {}).setdefault(group, []).append(row)
+            for group in groups[row]:
+                found.setdefault(table[group], {}).setdefault(group, []).append(row)
         return {
             index: [
                 (group, None if len(which) == len(self.rows) else torch.tensor(which))
@@ -362,9 +375,9 @@ class _View:
         self._check()
         return None if self._layer.num_sealed else (self._layer.keys, self._layer.values)
 
-    def batches(self) -> Iterator[list[Piece]]:
+    def batches(self, wanted: torch.Tensor | None = None) -> Iterator[list[Piece]]:
         self._check()
-        yield from self._layer.batches()
+        yield from self._layer.batches(wanted)
         self.finish()
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
