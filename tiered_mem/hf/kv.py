@@ -22,9 +22,13 @@ from tiered_mem.errors import (
     TieredMemError,
     UnsupportedModelError,
 )
-from tiered_mem.hf import kv_attention
+from tiered_mem.hf import (
+    kv_attention,
+    kv_indexed,  # noqa: F401  adds its layers
+)
 from tiered_mem.hf.device import require_one_device, usable
 from tiered_mem.hf.kv_cache import BLOCK_TOKENS, TieredCache
+from tiered_mem.hf.kv_latent import expand_lazily
 from tiered_mem.hf.kv_prefixes import Prefixes, prompt_of
 from tiered_mem.hf.kv_record import KvRecorder
 from tiered_mem.hf.kv_saving import Chain
@@ -88,6 +92,7 @@ class KvPool:
             self._overrides = Overrides(model)
             self._baseline = self.runtime.stats()
             self._stock_attention = kv_attention.use_tiered_attention(model)
+            self._expansions = expand_lazily(model)
             self._overrides.set("generate", _with_cache(self, model.generate))
             self._give_back = weakref.finalize(self, _give_back, undo.pop_all(), os.getpid())
 
@@ -164,7 +169,8 @@ class KvPool:
     def close(self) -> None:
         """Give memory and store back; the model is a stock one again. Closing twice is fine."""
         if not self.closed:
-            self._overrides.undo()
+            for overrides in (self._overrides, *self._expansions):
+                overrides.undo()
             if self._stock_attention is not None:
                 self.model.set_attn_implementation(self._stock_attention)
         self._give_back()

@@ -129,10 +129,32 @@ def use_tiered_attention(model: PreTrainedModel) -> str | None:
 _ASKS_FOR_NAME = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\s+in\b)")
 
 
+# But this: attention of another name is handed the indices of the tokens that an indexer chose.
+_HANDS_INDICES = re.compile(r'_attn_implementation in \("eager", "sdpa"\)')
+
+
 def _can_be_replaced(model_class: type[PreTrainedModel]) -> bool:
     if not model_class._can_set_attn_implementation():
         return False
-    return _ASKS_FOR_NAME.search(inspect.getsource(sys.modules[model_class.__module__])) is None
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    if "indices=sparse_indices" in source:
+        source = _HANDS_INDICES.sub("", source)
+    return _ASKS_FOR_NAME.search(source) is None
+
+
+def _show_chosen(mask: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Hide from a mask [batch, 1, queries, tokens] all but the tokens that an indexer chose.
+
+    `indices` [batch, queries, chosen] are taken out of `kwargs`.
+    """
+    indices = kwargs.pop("indices", None)
+    if indices is None or mask is None:
+        return mask
+    hidden = torch.ones_like(mask[:, 0], dtype=torch.bool).expand(len(indices), -1, -1)
+    hidden = hidden.scatter(-1, indices.long(), False)[:, None]
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 def attention_over_sdpa(
@@ -149,6 +171,7 @@ def attention_over_sdpa(
     returns [batch, queries, heads, value_dim] and None.
     """
     plain = kwargs.get("position_bias") is None and kwargs.get("softcap") is None
+    attention_mask = _show_chosen(attention_mask, kwargs)
 
     def masks(num_tokens: int) -> torch.Tensor | None:
         if attention_mask is not None:
@@ -169,6 +192,7 @@ def attention_over_eager(
 ) -> tuple[torch.Tensor, Any]:
     """What the model's own eager attention computes: see `attention_over_sdpa`."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
+    attention_mask = _show_chosen(attention_mask, kwargs)
     stock = partial(eager, module, query, attention_mask=attention_mask, **kwargs)
     sinks = getattr(module, "sinks", None)
     return _attend(

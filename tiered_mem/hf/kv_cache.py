@@ -43,8 +43,8 @@ class TieredCache(DynamicCache):  # type: ignore[misc]
         super().__init__(config=config)
         self.check(config, block_tokens)
         for number, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                self.layers[number] = TieredLayer(space, number, block_tokens)
+            if (tiered_class := TIERED_LAYERS.get(type(layer))) is not None:
+                self.layers[number] = tiered_class(space, number, block_tokens)
         tiered = self.tiered_layers()
         self.num_tiered = len(tiered)
         for layer, following in zip(tiered, tiered[1:] + tiered[:1], strict=True):
@@ -56,7 +56,7 @@ class TieredCache(DynamicCache):  # type: ignore[misc]
         of whose layers keep all keys and values."""
         if not isinstance(block_tokens, int) or block_tokens < 1:
             raise ConfigError(f"block_tokens is {block_tokens}: a block has at least one token")
-        if not any(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers):
+        if not any(type(layer) in TIERED_LAYERS for layer in DynamicCache(config=config).layers):
             raise UnsupportedModelError(
                 f"model type {config.model_type!r} has no layer that keeps all its keys and "
                 "values: its cache is bounded, or of a kind of its own; load it without kv"
@@ -361,6 +361,10 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
             self.space.release(self.number, table[group:])
             del table[group:]
         self.keys, self.values = keys, values
+
+
+# What stands for each of transformers' layers; other modules add theirs.
+TIERED_LAYERS: dict[type, type[TieredLayer]] = {DynamicLayer: TieredLayer}
 
 
 class _View:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
 
 from tiered_mem.errors import TieredMemError
 
@@ -12,9 +12,9 @@ _NOTHING = object()
 
 
 class Overrides:
-    """Attributes set on a model itself, in front of those that it had. Undone at once."""
+    """Attributes set on a model or a module itself, in front of its own. Undone at once."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._before: dict[str, Any] = {}  # what stood on the model itself
 
