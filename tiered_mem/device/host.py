@@ -42,7 +42,9 @@ class HostBackend:
     def wrap(self, memory: npt.NDArray[np.uint8]) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(memory)
+        # Memory outlives the mode: tensors made in inference mode couldn't be written to after it.
+        with torch.inference_mode(False):
+            return torch.from_numpy(memory)
 
     def write(self, address: int, block: npt.NDArray[np.uint8]) -> None:
         raise DeviceError("on the host slots are offsets in HBM's mapping, not addresses")

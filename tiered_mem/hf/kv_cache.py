@@ -303,7 +303,8 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         """Return, by row, the groups whose blocks have a wanted token."""
         if wanted is None:
             return [range(len(table)) for table in self.rows]
-        by_group = wanted[:, : self.num_sealed].unflatten(1, (-1, self.block_tokens)).any(2)
+        sealed = wanted[:, : self.num_sealed]
+        by_group = torch.unflatten(sealed, 1, (-1, self.block_tokens)).any(2)
         groups: list[Sequence[int]] = [np.flatnonzero(row).tolist() for row in by_group.numpy()]
         return groups if len(groups) == len(self.rows) else groups * len(self.rows)
 

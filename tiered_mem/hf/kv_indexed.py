@@ -20,6 +20,11 @@ _LEAST_TOKENS = 256  # of room for indexer keys
 class TieredIndexedLayer(TieredLayer, DynamicIndexedLayer):  # type: ignore[misc]
     """A `TieredLayer` with indexer keys [batch, tokens, dim], for transformers' indexers."""
 
+    # transformers' own annotations, which mypy can't see into
+    indexer_keys: Any
+    indexer_position_ids: Any
+    is_indexer_initialized: bool
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._room: torch.Tensor | None = None  # `indexer_keys` are its first tokens
@@ -41,13 +46,13 @@ class TieredIndexedLayer(TieredLayer, DynamicIndexedLayer):  # type: ignore[misc
             room[:, :start] = self.indexer_keys
         room[:, start:end] = new
         self._room, self.indexer_keys = room, room[:, :end]
-        return self.indexer_keys
+        keys: torch.Tensor = self.indexer_keys
+        return keys
 
     def _lie_in(self, room: torch.Tensor) -> bool:
         """Whether the keys are the room's first ones, and it may be written to."""
-        return self.indexer_keys.data_ptr() == room.data_ptr() and (
-            not room.is_inference() or torch.is_inference_mode_enabled()
-        )
+        writable = not room.is_inference() or torch.is_inference_mode_enabled()
+        return writable and bool(self.indexer_keys.data_ptr() == room.data_ptr())
 
     def reset(self) -> None:
         super().reset()

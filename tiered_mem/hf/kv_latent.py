@@ -84,5 +84,7 @@ class ExpandedBlocks:
         )
         return [
             Piece(piece.start, piece.rows, *each)
-            for piece, *each in zip(pieces, keys.split(rows), values.split(rows), strict=True)
+            for piece, *each in zip(
+                pieces, torch.split(keys, rows), torch.split(values, rows), strict=True
+            )
         ]
