@@ -203,3 +203,34 @@ def test_what_a_mask_wants(additive: bool) -> None:
     assert _wanted(mask([1, 1, 1]), 3) is None
     assert _wanted(mask([0, 1, 1], [0, 0, 0]), 3) is None  # one sees nothing: the mean of all
     assert _wanted(None, 3) is None
+
+
+def test_blocks_of_indexed_layers_are_pages() -> None:
+    model: Any = copy.deepcopy(build("deepseek_v32"))
+    tiered_mem.tier_kv(model, 16 * BUDGET)
+    cache = model.tiered_mem.cache()
+    with torch.no_grad():
+        model(prompts(60)["input_ids"], past_key_values=cache)
+    layer = cache.layers[0]
+    row = layer.block_nbytes // layer.block_tokens
+    assert 4096 <= layer.block_nbytes < 4096 + row  # of 128 tokens otherwise
+    model.tiered_mem.close()
+
+
+def test_a_selection_that_tends_to_come_again_is_hinted() -> None:
+    model: Any = copy.deepcopy(build("deepseek_v32"))
+    tiered_mem.tier_kv(model, BUDGET, block_tokens=BLOCK_TOKENS)
+    cache = model.tiered_mem.cache()
+    first = cache.layers[0]
+    with torch.no_grad():
+        model(prompts(60, batch=1)["input_ids"], past_key_values=cache)
+        for _ in range(2):
+            model(torch.full((1, 1), 3), past_key_values=cache)
+    assert first.repeated is not None and 0 <= first.repeated <= 1
+    first.repeated = 0.9
+    assert first._likely(1) == first._selected[: len(first._likely(1))] != []
+    first.repeated = 0.1
+    assert first._likely(1) == []
+    cache.crop(-40)
+    assert first._likely(1) == first.rows[0][:1]
+    model.tiered_mem.close()

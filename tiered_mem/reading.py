@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 GIVEN_BACK = "this model's blocks were given back: load it again to use it"
 
 
-_MOST_BLOCKS = 32  # of a wave of KV
+_MOST_BLOCKS = 32  # of a wave of KV, or more that are small
+_MOST_NBYTES = 1 << 20
 _WAVES_AHEAD = 3  # of short waves, so that neither the link nor who computes waits for the other
 
 
@@ -30,7 +31,8 @@ def blocks_of_wave(tiers: _core.Tiers, nbytes: int) -> int:
 
     With those on their way they take half of HBM: the rest is for what was read before.
     """
-    return max(1, min(_MOST_BLOCKS, int(tiers.max_event(nbytes)) // (2 * (1 + _WAVES_AHEAD))))
+    most = max(_MOST_BLOCKS, _MOST_NBYTES // nbytes)
+    return max(1, min(most, int(tiers.max_event(nbytes)) // (2 * (1 + _WAVES_AHEAD))))
 
 
 class Owner(Protocol):

@@ -29,6 +29,7 @@ from tiered_mem.errors import ConfigError, UnsupportedModelError
 
 _MOST_SCORES = 1 << 23  # elements of scores at a time: 32 MiB
 _MOST_TOKENS = 1024  # of a piece at a time
+_SMALL_TOKENS = 32
 _PREFIX = "tiered_"
 
 
@@ -432,8 +433,9 @@ class _Fold(NamedTuple):
 
 def _scores(query: torch.Tensor, keys: list[torch.Tensor]) -> torch.Tensor:
     """Return float32 [pieces, matrices, queries, tokens], of keys [matrices, tokens, dim]."""
-    if query.device.type != "cpu":  # few large products
-        return (query @ torch.stack(keys).transpose(-1, -2)).float()
+    if query.device.type != "cpu" or _are_small(keys):  # few large products
+        stacked = torch.stack(keys).to(query.dtype)
+        return (query @ stacked.transpose(-1, -2)).float()
     # A copy of the keys would cost more than a product of its own for each piece.
     scores = query.new_empty(len(keys), *query.shape[:-1], keys[0].shape[-2])
     for out, piece in zip(scores.unbind(), _widened(keys, query.dtype), strict=True):
@@ -443,12 +445,19 @@ def _scores(query: torch.Tensor, keys: list[torch.Tensor]) -> torch.Tensor:
 
 def _add_weighted(sums: torch.Tensor, weights: torch.Tensor, values: list[torch.Tensor]) -> None:
     """Add weights [pieces, matrices, queries, tokens] @ values to float32 sums, in place."""
-    if sums.device.type != "cpu":
+    if sums.device.type != "cpu" or _are_small(values):
         stacked = torch.stack(values)
+        if sums.device.type == "cpu":  # which has no faster products in smaller types
+            stacked = stacked.to(sums.dtype)
         sums += (weights.to(stacked.dtype) @ stacked).sum(0, dtype=torch.float32)
         return
     for part, piece in zip(weights.unbind(), _widened(values, sums.dtype), strict=True):
         sums.baddbmm_(part, piece)
+
+
+def _are_small(pieces: list[torch.Tensor]) -> bool:
+    """Whether a copy of the pieces costs less than a product of its own for each."""
+    return len(pieces) > 1 and pieces[0].shape[-2] <= _SMALL_TOKENS
 
 
 def _widened(pieces: list[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -87,6 +87,8 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         self.rows: list[list[int]] = []
         self.following: weakref.ref[TieredLayer] | None = None  # of the next one that has blocks
         self.num_gathered = 0
+        self._selected: list[int] = []  # blocks that the last step read, if not all
+        self.repeated: float | None = None  # share of them that the step after reads: running mean
         self._adopted: tuple[list[tuple[BlockKey, Extent]], Callable[[BlockKey], None]] | None
         self._adopted = None
         # Holds the table, not the layer: a finalizer must not keep what it is for alive.
@@ -183,6 +185,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         """
         places = self._places(self._wanted_groups(wanted))
         indices = list(places)
+        self._note_selection([] if wanted is None else indices)
         wave = blocks_of_wave(self.space.tiers, self.block_nbytes)
         with self.space.begin(self.number, indices, wave) as reading:
             if self.num_tail:
@@ -206,7 +209,25 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         """
         following = self.following() if self.following is not None else None
         if following is not None and following is not self and following.rows:
-            self.space.hint(following.number, following.rows[0][:num_blocks])
+            self.space.hint(following.number, following._likely(num_blocks))
+
+    def _likely(self, num_blocks: int) -> list[int]:
+        """Return blocks that the next step reads: the first ones of all, or what was selected last.
+
+        A selection is only worth guessing if more than half of it tends to come again.
+        """
+        if not self._selected:
+            return self.rows[0][:num_blocks]
+        if self.repeated is None or self.repeated < 0.5:
+            return []
+        return self._selected[: int(self.space.tiers.max_event(self.block_nbytes)) // 4]
+
+    def _note_selection(self, indices: list[int]) -> None:
+        if self._selected and indices:
+            again = len(set(self._selected).intersection(indices)) / len(self._selected)
+            before = again if self.repeated is None else self.repeated
+            self.repeated = before + (again - before) / 4
+        self._selected = indices
 
     def gather(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all keys and values, [batch, heads, tokens, dim], in memory of the device."""
@@ -250,6 +271,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         for table in self.rows:
             self.space.release(self.number, table)
         self.rows.clear()
+        self._selected = []
         self.keys = self.values = None  # type: ignore[assignment]
         self.is_initialized = False
 
@@ -292,6 +314,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         self.values = self.values.repeat_interleave(repeats, dim=0)
 
     def _choose_rows(self, chosen: Sequence[int]) -> None:
+        self._selected = []
         tables = [list(self.rows[row]) for row in chosen]
         for table in tables:
             self.space.share(self.number, table)
@@ -361,6 +384,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         for table in self.rows:
             self.space.release(self.number, table[group:])
             del table[group:]
+        self._selected = []
         self.keys, self.values = keys, values
 
 

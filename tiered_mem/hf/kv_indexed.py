@@ -14,11 +14,17 @@ from transformers.cache_utils import DynamicIndexedLayer
 
 from tiered_mem.hf.kv_cache import TIERED_LAYERS, TieredLayer
 
+# Tokens are selected one by one, all over the context: a block should have few of them, but at
+# least a page, since a disk reads no less. (`benchmarks/bench_sparse.py` measures other sizes.)
+BLOCK_NBYTES = 4096
 _LEAST_TOKENS = 256  # of room for indexer keys
 
 
 class TieredIndexedLayer(TieredLayer, DynamicIndexedLayer):  # type: ignore[misc]
-    """A `TieredLayer` with indexer keys [batch, tokens, dim], for transformers' indexers."""
+    """A `TieredLayer` with indexer keys [batch, tokens, dim], for transformers' indexers.
+
+    Its blocks have as few tokens as make a page of 4 KiB, and at most `block_tokens`.
+    """
 
     # transformers' own annotations, which mypy can't see into
     indexer_keys: Any
@@ -28,6 +34,12 @@ class TieredIndexedLayer(TieredLayer, DynamicIndexedLayer):  # type: ignore[misc
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._room: torch.Tensor | None = None  # `indexer_keys` are its first tokens
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        row = sum(states[0, :, 0].numel() for states in (key_states, value_states))
+        fewest = -(-BLOCK_NBYTES // (row * key_states.dtype.itemsize))
+        self.block_tokens = min(self.block_tokens, fewest)
+        super().lazy_initialization(key_states, value_states)
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Append keys [batch, new tokens, dim]; return all of them, as a view until the next crop.
