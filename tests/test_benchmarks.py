@@ -182,6 +182,15 @@ def check_resume(results: dict[str, Any]) -> None:
     assert "summary" in results["lmcache"] or results["lmcache"]["why_not"]
 
 
+def check_sparse(results: dict[str, Any]) -> None:
+    sizes = results["summary"]["block_tokens"]
+    assert len(sizes) > 1
+    for found in sizes.values():
+        assert found["largest_logit_difference"] < 1e-4
+        assert 0 < found["read_to_whole_context"] <= 1
+        assert found["blocks_per_token"] > 0
+
+
 CHECKS = {
     "bench_agreement": check_agreement,
     "bench_decode": check_decode,
@@ -194,5 +203,6 @@ CHECKS = {
     "bench_prefetch": check_prefetch,
     "bench_replay": check_replay,
     "bench_resume": check_resume,
+    "bench_sparse": check_sparse,
     "bench_store": check_store,
 }
