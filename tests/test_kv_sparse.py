@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import tiered_mem
+from tiered_mem.errors import ConfigError, UnsupportedModelError
 from tiered_mem.hf.kv_attention import _wanted
 from tiered_mem.hf.kv_cache import TieredLayer
 from tiered_mem.hf.kv_indexed import TieredIndexedLayer
@@ -234,3 +235,90 @@ def test_a_selection_that_tends_to_come_again_is_hinted() -> None:
     cache.crop(-40)
     assert first._likely(1) == first.rows[0][:1]
     model.tiered_mem.close()
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def quest(llama: PreTrainedModel, num_tokens: int, **options: Any) -> Any:
+    model = copy.deepcopy(llama)
+    tiered_mem.tier_kv(model, "64KiB", block_tokens=8, quest_tokens=num_tokens, **options)
+    return model
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams", "chunked prefill", "prompt lookup"])
+def test_quest_of_everything_is_exact(llama: PreTrainedModel, way: str) -> None:
+    inputs = prompts(30, padding=9, batch=1 if way == "prompt lookup" else 2)
+    inputs["input_ids"] %= 64
+    model = quest(llama, 1000)
+    want, got = (ask(m, inputs, **WAYS[way]) for m in (llama, model))
+    assert torch.equal(got.sequences, want.sequences)
+    model.tiered_mem.close()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_quest_reads_as_many_blocks_as_it_says(llama: PreTrainedModel, batch: int) -> None:
+    model = quest(llama, 32)
+    cache = model.tiered_mem.cache()
+    tokens = prompts(203, batch=batch)["input_ids"] % 64
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        model.tiered_mem.reset_stats()
+        for _ in range(3):
+            model(tokens[:, :1], past_key_values=cache)
+    assert model.tiered_mem.stats().num_accesses == 3 * batch * 2 * 4  # steps, rows, layers, blocks
+    model.tiered_mem.close()
+
+
+def test_quest_reads_the_blocks_with_the_best_bounds(llama: PreTrainedModel) -> None:
+    model = quest(llama, 32)
+    own, cache = DynamicCache(config=llama.config), model.tiered_mem.cache()
+    tokens = prompts(90)["input_ids"] % 64
+    with torch.no_grad():
+        llama(tokens, past_key_values=own)
+        model(tokens[:, :60], past_key_values=cache)
+        model(tokens[:, 60:], past_key_values=cache)
+        cache.crop(-6)
+        cache.reorder_cache(torch.tensor([1, 0]))
+    layer = cache.layers[0]
+    keys = own.layers[0].keys.flip(0)[..., :80, :]
+    smallest, largest = layer._bounds
+    blocks = keys.unflatten(2, (10, 8))
+    torch.testing.assert_close(smallest, blocks.amin(3))
+    torch.testing.assert_close(largest, blocks.amax(3))
+    query = torch.randn(2, 4, 1, 8)
+    chosen = layer.choose(query, None)
+    assert chosen.shape == (2, 84) and chosen[:, 80:].all()
+    assert chosen.sum(1).tolist() == [4 * 8 + 4] * 2
+    # No score of a key is above its block's bound, and the best bounds are chosen.
+    scores = (query @ keys.repeat_interleave(2, 1).mT).unflatten(3, (10, 8)).amax(4)[:, :, 0]
+    ends = torch.stack([query * bound.repeat_interleave(2, 1) for bound in (smallest, largest)])
+    bounds = ends.amax(0).sum(-1)
+    assert (bounds >= scores - 1e-5).all()
+    order = bounds.softmax(-1).amax(1)[:, 1:-1].argsort(-1, descending=True)[:, :2] + 1
+    for row in range(2):
+        want = sorted([0, 9, *order[row].tolist()])
+        assert chosen[row, :80].unflatten(0, (10, 8)).all(1).nonzero()[:, 0].tolist() == want
+    model.tiered_mem.close()
+
+
+def test_quest_that_cant_be(llama: PreTrainedModel, tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match="at least 24"):
+        quest(llama, 23)
+    with pytest.raises(ConfigError, match="prefixes"):
+        quest(llama, 32, prefixes=tmp_path)
+    with pytest.raises(UnsupportedModelError, match="latents"):
+        quest(build("deepseek_v32"), 32)

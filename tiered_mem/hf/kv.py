@@ -25,6 +25,7 @@ from tiered_mem.errors import (
 from tiered_mem.hf import (
     kv_attention,
     kv_indexed,  # noqa: F401  adds its layers
+    kv_quest,
 )
 from tiered_mem.hf.device import require_one_device, usable
 from tiered_mem.hf.kv_cache import BLOCK_TOKENS, TieredCache
@@ -61,6 +62,7 @@ class KvPool:
         prefixes_capacity: int | None = None,
         prefix_states: str | int = "full",
         block_tokens: int = BLOCK_TOKENS,
+        quest_tokens: int | None = None,
     ) -> None:
         policy = resolve_eviction(eviction)
         _check_model(model)
@@ -69,6 +71,14 @@ class KvPool:
         backend = usable(device)
         budgets = Budgets.for_backend(kv, dram, whole=0, backend=backend)
         self.model, self.block_tokens = model, block_tokens
+        self.quest_tokens = quest_tokens
+        if quest_tokens is not None:
+            kv_quest.check(model, quest_tokens, block_tokens)
+            if prefixes is not None:
+                raise ConfigError(
+                    "quest_tokens needs bounds of the keys, which a store of prefixes doesn't "
+                    "have: leave one of them out"
+                )
         self.num_restored_tokens = 0  # that were stored, and so needn't be computed
         TieredCache.check(model.config, block_tokens)
         with ExitStack() as undo:
@@ -114,7 +124,12 @@ class KvPool:
         """
         if self.closed:
             raise RuntimeClosedError("this model's KV memory was given back: load the model again")
-        cache = TieredCache(self.space, self.model.config, self.block_tokens)
+        made = (self.space, self.model.config, self.block_tokens)
+        cache = (
+            TieredCache(*made)
+            if self.quest_tokens is None
+            else kv_quest.QuestCache(self.quest_tokens, *made)
+        )
         if self.prefixes is not None:
             self.prefixes.states.prepare(cache)
         if prompt is not None and self.prefixes is not None:
@@ -187,6 +202,7 @@ def tier_kv(
     prefixes_capacity: int | None = None,
     prefix_states: str | int = "full",
     block_tokens: int = BLOCK_TOKENS,
+    quest_tokens: int | None = None,
 ) -> PreTrainedModel:
     """Give a model in memory, dense or a wrapped Mixture of Experts, tiered KV; return it.
 
@@ -209,6 +225,9 @@ def tier_kv(
             every block; a number, after every so many tokens, which takes less space. "none" is for
             models without windows.
         block_tokens: Tokens of a block.
+        quest_tokens: An approximation: attention of each new token reads the blocks of about so
+            many tokens, those whose keys may match it best (see `tiered_mem.hf.kv_quest`). Its
+            tokens aren't those of the stock cache. None: all that the model attends to.
 
     Raises:
         ConfigError, BudgetError: options that can't be used.
@@ -228,6 +247,7 @@ def tier_kv(
         prefixes_capacity=prefixes_capacity,
         prefix_states=prefix_states,
         block_tokens=block_tokens,
+        quest_tokens=quest_tokens,
     )
     if handle is None:
         model.tiered_mem = pool

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -68,6 +68,14 @@ class Blocks(Protocol):
         """What `whole` returned has been used."""
 
 
+@runtime_checkable
+class Choosing(Protocol):
+    """Blocks that read less than a mask lets a query see. An approximation, so asked for."""
+
+    choose: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor | None]
+    """(scaled query, wanted) -> wanted: see `Blocks.batches`."""
+
+
 class LazyStates(torch.Tensor):
     """Stands for all keys (or values) of a layer: [batch, kv_heads, tokens, dim], without memory.
 
@@ -115,7 +123,7 @@ def use_tiered_attention(model: PreTrainedModel) -> str | None:
             f"the model attends by {stock!r}, whose masks blocks can't be cut from: load it with "
             "attn_implementation='sdpa'"
         )
-    if not _can_be_replaced(type(model)):
+    if not can_be_replaced(type(model)):
         warnings.warn(
             f"{type(model).__name__} doesn't let its attention be replaced: each layer's keys and "
             "values are put together in memory at every step, one layer at a time",
@@ -134,7 +142,7 @@ _ASKS_FOR_NAME = re.compile(r"_attn_implementation\s*(==|!=|in\b|not\s+in\b)")
 _HANDS_INDICES = re.compile(r'_attn_implementation in \("eager", "sdpa"\)')
 
 
-def _can_be_replaced(model_class: type[PreTrainedModel]) -> bool:
+def can_be_replaced(model_class: type[PreTrainedModel]) -> bool:
     if not model_class._can_set_attn_implementation():
         return False
     source = inspect.getsource(sys.modules[model_class.__module__])
@@ -257,18 +265,22 @@ def _attend(
     if kwargs.get("dropout"):  # models say 0 unless they train
         raise ConfigError("attention over blocks is for inference: call model.eval() first")
     scaling, mask = kwargs.get("scaling"), masks(source.num_tokens)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     spans = [
         _Attention(
             query[:, :, span],
             value.shape[-1],
-            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            scaling,
             mask if mask is None or mask.shape[-2] == 1 else mask[:, :, span],
             key.shape[1],
             kwargs.get("softcap"),
         )
         for span in _spans(query)
     ]
-    for pieces in source.batches(_wanted(mask, source.num_tokens)):
+    wanted = _wanted(mask, source.num_tokens)
+    if isinstance(source, Choosing):
+        wanted = source.choose(query * scaling, wanted)
+    for pieces in source.batches(wanted):
         for part in spans:
             part.add(pieces)
     return torch.cat([part.result(sinks) for part in spans], 1), None

@@ -43,7 +43,7 @@ class TieredCache(DynamicCache):  # type: ignore[misc]
         super().__init__(config=config)
         self.check(config, block_tokens)
         for number, layer in enumerate(self.layers):
-            if (tiered_class := TIERED_LAYERS.get(type(layer))) is not None:
+            if (tiered_class := self.tiered_class(type(layer))) is not None:
                 self.layers[number] = tiered_class(space, number, block_tokens)
         tiered = self.tiered_layers()
         self.num_tiered = len(tiered)
@@ -61,6 +61,11 @@ class TieredCache(DynamicCache):  # type: ignore[misc]
                 f"model type {config.model_type!r} has no layer that keeps all its keys and "
                 "values: its cache is bounded, or of a kind of its own; load it without kv"
             )
+
+    @staticmethod
+    def tiered_class(stock: type) -> type[TieredLayer] | None:
+        """Return what stands for a layer of transformers' own; None if it stays."""
+        return TIERED_LAYERS.get(stock)
 
     @property
     def num_gathered(self) -> int:
@@ -136,11 +141,15 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
         self.seal()  # if nobody attended to what came before
         self.keys = torch.cat([self.keys, key_states], dim=-2)
         self.values = torch.cat([self.values, value_states], dim=-2)
-        view = _View(self)
+        view = self.view()
         return (
             LazyStates(view, self.keys, is_keys=True),
             LazyStates(view, self.values, is_keys=False),
         )
+
+    def view(self) -> View:
+        """Return what is there to attend to now."""
+        return View(self)
 
     def seal(self) -> None:
         """Turn the full blocks of the tail into blocks of the runtime."""
@@ -392,7 +401,7 @@ class TieredLayer(DynamicLayer):  # type: ignore[misc]
 TIERED_LAYERS: dict[type, type[TieredLayer]] = {DynamicLayer: TieredLayer}
 
 
-class _View:
+class View:
     """What one update left to attend to: `tiered_mem.hf.kv_attention.Blocks`."""
 
     def __init__(self, layer: TieredLayer) -> None:
