@@ -5,6 +5,7 @@
 #include "checksum.h"
 #include "direct_io.h"
 #include "error.h"
+#include "file_writer.h"
 
 namespace tiered_mem {
 
@@ -63,6 +64,58 @@ std::shared_ptr<Extent> parse(std::shared_ptr<File> file, const py::bytes& key,
   return std::make_shared<Extent>(parse_entry(std::move(file), std::string_view(key), entry));
 }
 
+// Calls `act` without the GIL. A write that fails is an OSError with its number, which tells a full
+// disk from a broken one.
+template <typename Act>
+auto writing(const Act& act) {
+  try {
+    NoGil release;
+    return act();
+  } catch (const IoError& error) {
+    errno = error.error_number;
+    PyErr_SetObject(PyExc_OSError, py::make_tuple(error.error_number, error.what()).ptr());
+    throw py::error_already_set();
+  }
+}
+
+std::unique_ptr<FileWriter> open_writer(std::string path) {
+  return writing([&] { return std::make_unique<FileWriter>(std::move(path)); });
+}
+
+// The memory lives as long as the writer, which its array keeps.
+py::array_t<uint8_t> take(const py::object& self, size_t block_nbytes) {
+  FileWriter& writer = self.cast<FileWriter&>();
+  std::byte* memory = writing([&] { return writer.take(block_nbytes); });
+  return {{block_nbytes}, {size_t{1}}, reinterpret_cast<uint8_t*>(memory), self};
+}
+
+void bind_writer(py::module_& m) {
+  py::class_<FileWriter>(m, "FileWriter", "Writes to a file by O_DIRECT, several at once.")
+      .def(py::init(&open_writer), py::arg("path"))
+      .def_property_readonly("direct", &FileWriter::direct,
+                             "False where writes go through the page cache.")
+      .def(
+          "reserve",
+          [](FileWriter& w, uint64_t offset, uint64_t size) {
+            writing([&] { w.reserve(offset, size); });
+          },
+          py::arg("offset"), py::arg("nbytes"), "Have the disk set bytes aside. Raises OSError.")
+      .def(
+          "truncate", [](FileWriter& w, uint64_t size) { writing([&] { w.truncate(size); }); },
+          py::arg("nbytes"), "Cut the file. Raises OSError.")
+      .def("take", &take, py::arg("nbytes"),
+           "Return memory to fill until `write`: 4096-aligned, uint8. Waits for room.")
+      .def(
+          "write", [](FileWriter& w, uint64_t offset) { writing([&] { w.write(offset); }); },
+          py::arg("offset"), "Begin to write what was taken last to an aligned place.")
+      .def(
+          "flush", [](FileWriter& w) { writing([&] { w.flush(); }); },
+          "Wait until the disk has all of it. Raises OSError of what failed since the last one.")
+      .def(
+          "discard", [](FileWriter& w) { writing([&] { w.discard(); }); },
+          "Wait until nothing is on its way, and forget what failed.");
+}
+
 }  // namespace
 
 void bind_store(py::module_& m) {
@@ -98,6 +151,8 @@ void bind_store(py::module_& m) {
         for (const Chunk& chunk : e.chunks) sum += chunk.stored_nbytes;
         return sum;
       });
+
+  bind_writer(m);
 
   m.def("parse_entry", &parse, py::arg("file"), py::arg("key"), py::arg("packed"),
         "Read a packed catalogue entry.");

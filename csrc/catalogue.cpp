@@ -14,7 +14,8 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "entries are little-end
 struct Header {
   uint32_t crc;  // of the key and of all that follows
   uint8_t codec;
-  uint8_t reserved[3];
+  uint8_t apart;  // in the file of payloads: who gives the file has looked
+  uint8_t reserved[2];
   uint64_t nbytes, generation, offset;
 };
 static_assert(sizeof(Header) == 32, "no padding");

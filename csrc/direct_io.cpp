@@ -15,7 +15,10 @@
 namespace tiered_mem {
 namespace {
 
-// Whether O_DIRECT on `fd` passes the page cache by. tmpfs accepts the flag and has no device.
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kIoAlignment == 0; }
+
+}  // namespace
+
 bool bypasses_page_cache(int fd) {
   struct statfs fs;
   if (fstatfs(fd, &fs) == 0 && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC)) return false;
@@ -29,10 +32,6 @@ bool bypasses_page_cache(int fd) {
 #endif
   return true;
 }
-
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kIoAlignment == 0; }
-
-}  // namespace
 
 File::File(std::string path) : path_(std::move(path)) {
   fd_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);

@@ -15,6 +15,9 @@ namespace tiered_mem {
 // The most raw bytes of one chunk: what a demand read may have to wait for.
 inline constexpr size_t kChunkNbytes = size_t{1} << 20;
 
+// Whether O_DIRECT on `fd` passes the page cache by. tmpfs accepts the flag and has no device.
+bool bypasses_page_cache(int fd);
+
 // A file open for reading, by O_DIRECT if its filesystem offers that at 4096-byte alignment.
 // Safe to use from any number of threads.
 class File {

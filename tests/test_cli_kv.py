@@ -47,7 +47,7 @@ def flip_a_bit(path: Path) -> None:
         own = [r for r in prefixes.index.records.values() if r.root.hex() == model]
         second = sorted(own, key=lambda record: record.index)[1]
         offset = snapshot.extent(second.keys[0]).offset
-    with open(path / "data.mdb", "r+b") as file:
+    with open(path / "payload.bin", "r+b") as file:
         file.seek(offset + 7)
         byte = file.read(1)[0]
         file.seek(offset + 7)

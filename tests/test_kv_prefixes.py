@@ -138,7 +138,7 @@ def flip(model: Any, prompt: torch.Tensor, group: int) -> None:
     records = store.match(prompt[0].numpy())
     with store.store.snapshot() as snapshot:
         offset = snapshot.extent(records[group].keys[1]).offset
-    path = store.store.path / "data.mdb"
+    path = store.store.path / "payload.bin"
     model.tiered_mem.close()
     with open(path, "r+b") as file:
         file.seek(offset + 100)

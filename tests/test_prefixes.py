@@ -111,7 +111,7 @@ def test_damage_cuts_the_chain(tmp_path):
         records = store.save(groups_of(store, [1, 2, 3, 4, 5, 6]))
         with store.store.snapshot() as snapshot:
             offset = snapshot.extent(records[1].keys[0]).offset
-    with open(tmp_path / "data.mdb", "r+b") as file:
+    with open(tmp_path / "payload.bin", "r+b") as file:
         file.seek(offset + 7)
         byte = file.read(1)[0]
         file.seek(offset + 7)

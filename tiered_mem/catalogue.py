@@ -33,7 +33,8 @@ PAD_NBYTES = ALIGNMENT - PAGE_HEADER_NBYTES
 ZSTD_LEVEL = 1
 
 _CRC = struct.Struct("<I")
-_FIELDS = struct.Struct("<B3xQQQ")
+_FIELDS = struct.Struct("<B?2xQQQ")
+_APART_AT = _CRC.size + 1  # of the bytes of an entry
 
 
 class Codec(IntEnum):
@@ -79,16 +80,23 @@ def pack_entry(
     generation: int,
     offset: int,
     table: Table,
+    apart: bool = False,
 ) -> bytes:
     """Return a block's line in the catalogue, to be read by `_core.parse_entry`.
 
     `nbytes` is the raw size, `offset` where the first chunk starts in the file. `table` has one row
-    a chunk: stored bytes, raw bytes, CRC-32C of the stored bytes. The entry's own checksum covers
-    `key`, so that it can't serve another one.
+    a chunk: stored bytes, raw bytes, CRC-32C of the stored bytes. `apart`: it lies in the file of
+    payloads, not in LMDB's. The entry's own checksum covers `key`, so that it can't serve another
+    one.
     """
-    fields = _FIELDS.pack(codec, nbytes, generation, offset)
+    fields = _FIELDS.pack(codec, apart, nbytes, generation, offset)
     body = fields + table.astype("<u4", copy=False).tobytes()
     return _CRC.pack(_core.crc32c(key + body)) + body
+
+
+def lies_apart(entry: Any) -> bool:
+    """Whether an entry's payload is in the file of payloads. Checks nothing: parse it there."""
+    return len(entry) > _APART_AT and entry[_APART_AT] != 0
 
 
 def allocate(nbytes: int) -> Bytes:
@@ -126,14 +134,14 @@ def encode(data: Any, codec: Codec) -> tuple[Bytes, Table]:
 
     Raises `ConfigError` if it isn't contiguous.
     """
-    raw = _as_bytes(data)
+    raw = as_bytes(data)
     if codec is Codec.NONE:
         if isinstance(data, _Staged) and data.padded is not None:
-            return data.padded, _plain_table(raw)
+            return data.padded, plain_table(raw)
         value = np.empty(PAD_NBYTES + raw.nbytes, np.uint8)
         value[:PAD_NBYTES] = 0
         value[PAD_NBYTES:] = raw
-        return value, _plain_table(raw)
+        return value, plain_table(raw)
     chunks = list(_chunks(raw))
     stored = _compress_all(chunks, byte_planes=codec is Codec.ZSTD_PLANES2)
     value = np.zeros(PAD_NBYTES + sum(round_up(len(s), ALIGNMENT) for s in stored), np.uint8)
@@ -145,7 +153,7 @@ def encode(data: Any, codec: Codec) -> tuple[Bytes, Table]:
     return value, np.array(rows, np.uint32).reshape(-1, 3)
 
 
-def _plain_table(raw: Bytes) -> Table:
+def plain_table(raw: Bytes) -> Table:
     """Return the chunk table of a payload that is stored as it is."""
     rows = [(chunk.nbytes, chunk.nbytes, _core.crc32c(chunk.data)) for chunk in _chunks(raw)]
     return np.array(rows, np.uint32).reshape(-1, 3)
@@ -179,7 +187,8 @@ def _planes(chunk: Bytes) -> Bytes:
     return np.concatenate([chunk[:even:2], chunk[1:even:2], chunk[even:]])
 
 
-def _as_bytes(data: Any) -> Bytes:
+def as_bytes(data: Any) -> Bytes:
+    """Return a C-contiguous buffer as bytes, not copied. Raises `ConfigError` of any other."""
     view = memoryview(data)
     if not view.c_contiguous:
         raise ConfigError("a block is written from contiguous memory: copy it first")

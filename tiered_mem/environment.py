@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import lmdb
 
 from tiered_mem import _core
+from tiered_mem.catalogue import lies_apart
 from tiered_mem.errors import (
     StoreBusyError,
     StoreError,
@@ -24,10 +25,11 @@ from tiered_mem.errors import (
     StoreReadOnlyError,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_FIRST_VERSION = 1  # all payloads in LMDB's file; reads as it is
 
-_DATA, _LOCK, _WRITER_LOCK = "data.mdb", "lock.mdb", "writer.lock"
-FILE_NAMES = (_DATA, _LOCK, _WRITER_LOCK)
+_DATA, _LOCK, _WRITER_LOCK, _PAYLOAD = "data.mdb", "lock.mdb", "writer.lock", "payload.bin"
+FILE_NAMES = (_DATA, _LOCK, _WRITER_LOCK, _PAYLOAD)
 """All that a store's directory holds."""
 _DATABASES = (b"catalogue", b"payload", b"meta")
 _FORMAT_KEY = b"format"
@@ -76,6 +78,8 @@ class Environment:
     ) -> None:
         self.directory = directory
         self.data_path = directory / _DATA
+        self.payload_path = directory / _PAYLOAD
+        self._payload_file: _core.File | None = None
         self._users = 0
         self._num_readers = 0
         self._readers_lock = threading.RLock()
@@ -145,7 +149,49 @@ class Environment:
             if self._users == 0:
                 del self._shared[self._identity]
                 self.lmdb.close()
-                del self.file  # an open file keeps the space of a deleted store
+                del self.file, self._payload_file  # open, they keep a deleted store's space
+
+    def file_of(self, entry: Any) -> _core.File:
+        """Return the file that an entry's payload lies in. Raises `TransferError` if it's gone."""
+        if not lies_apart(entry):
+            return self.file
+        if self._payload_file is None:  # it comes with the first payload
+            self._payload_file = _core.File(str(self.payload_path))
+        return self._payload_file
+
+    def payload_nbytes(self) -> int:
+        """Return the size of the file of payloads, 0 if there is none."""
+        try:
+            return os.stat(self.payload_path).st_size
+        except FileNotFoundError:
+            return 0
+
+    @property
+    def map_nbytes(self) -> int:
+        """What limits LMDB's file."""
+        return int(self.lmdb.info()["map_size"])
+
+    def used_nbytes(self) -> int:
+        """Return the bytes of the pages that hold the catalogue, metadata and records."""
+        txn = self.begin_read()
+        try:
+            stats = [txn.stat(db) for db in (self.catalogue, self.meta)]
+        finally:
+            self.end_read(txn)
+        kinds = ("leaf_pages", "branch_pages", "overflow_pages")
+        num_pages: int = sum(stat[kind] for stat in stats for kind in kinds)
+        return self.page_nbytes * num_pages
+
+    def last_transaction(self) -> int:
+        """Return the number of the transaction that was committed last."""
+        return int(self.lmdb.info()["last_txnid"])
+
+    def oldest_reader(self) -> int | None:
+        """Return the oldest snapshot of any process, by its transaction; None if there are none."""
+        self.lmdb.reader_check()  # forgets those that were killed
+        rows = self.lmdb.readers().splitlines()[1:]
+        found = [row.split()[-1] for row in rows]  # process, thread, transaction or "-"
+        return min((int(number) for number in found if number.isdigit()), default=None)
 
     def begin_read(self) -> Any:
         """Begin a read transaction; end it with `end_read`."""
@@ -199,7 +245,7 @@ class Environment:
             ) from None
         with self.lmdb.begin(db=self.meta) as txn:
             version = _FORMAT.unpack(txn.get(_FORMAT_KEY, bytes(_FORMAT.size)))[0]
-        if version != FORMAT_VERSION:
+        if version not in (_FIRST_VERSION, FORMAT_VERSION):
             raise StoreMismatchError(
                 f"{self.directory} has store format {version}, this version of tiered-mem reads "
                 f"{FORMAT_VERSION}: pack it again"

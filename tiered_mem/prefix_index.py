@@ -1,4 +1,4 @@
-"""The records of stored KV prefixes: their hash chain, their bytes and who descends from whom."""
+"""Stored KV prefixes: groups to save, and the records of those saved: who descends from whom."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import heapq
 import json
 import struct
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tiered_mem import _core
+from tiered_mem.catalogue import ALIGNMENT, round_up
 from tiered_mem.errors import ChecksumError, ConfigError
 from tiered_mem.keys import BlockKey, Kind
+from tiered_mem.payload_file import Source
 
 STATE_LAYER = 0x8000
 """State `i` of a group is stored as layer `STATE_LAYER + i`."""
@@ -41,6 +43,35 @@ def group_hash(parent: bytes, token_ids: TokenIds) -> bytes:
     """Return the hash of a group of token ids that follows `parent`."""
     ids = np.ascontiguousarray(token_ids, "<i8")
     return hashlib.blake2b(parent + ids.tobytes(), digest_size=HASH_NBYTES).digest()
+
+
+@dataclass(frozen=True)
+class Group:
+    """A sealed group to save. `blocks` are (layer, data), `states` data by their number.
+
+    Data is a C-contiguous buffer, or a `Source` that makes it when its turn has come.
+    """
+
+    parent: bytes
+    token_ids: TokenIds
+    blocks: Sequence[tuple[int, Any]]
+    states: Mapping[int, Any] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> bytes:
+        return group_hash(self.parent, self.token_ids)
+
+    def payloads(self, index: int) -> list[tuple[BlockKey, Source]]:
+        states = [(STATE_LAYER + state, data) for state, data in self.states.items()]
+        return [
+            (BlockKey(Kind.KV, layer, index), Source.of(data))
+            for layer, data in (*self.blocks, *states)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """What its payloads take in their file: each ends its page."""
+        return sum(round_up(source.nbytes, ALIGNMENT) for _, source in self.payloads(0))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """KV prefixes that survive a restart: chains of sealed groups of tokens in a store.
 
-A group's record and all its payloads commit in one transaction. Groups are named by a hash chain
+A group's payloads are written first, past the page cache (see `payload_file`); its record commits
+in one transaction with the entries that name them. Groups are named by a hash chain
 over their token ids, as vLLM's prefix caching does, started from the model and the layout.
 """
 
@@ -9,12 +10,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 from tiered_mem import _core
-from tiered_mem.catalogue import ALIGNMENT, Bytes, allocate, round_up
+from tiered_mem.catalogue import Bytes, allocate
 from tiered_mem.errors import (
     ChecksumError,
     ConfigError,
@@ -23,8 +24,10 @@ from tiered_mem.errors import (
     TransferError,
 )
 from tiered_mem.keys import BlockKey, Kind
+from tiered_mem.payload_file import Batch, Source
 from tiered_mem.prefix_index import (
     STATE_LAYER,
+    Group,
     PrefixIndex,
     Record,
     TokenIds,
@@ -33,46 +36,21 @@ from tiered_mem.prefix_index import (
 )
 from tiered_mem.store import Store, Transaction
 
-_FORMAT = "kv prefixes 1"
-_NUM_RESERVED_PAGES = 64  # the trees of LMDB and what a transaction gives back late
+__all__ = ["Group", "PrefixStore"]
 
-
-@dataclass(frozen=True)
-class Group:
-    """A sealed group to save. `blocks` are (layer, buffer), `states` buffers by their number."""
-
-    parent: bytes
-    token_ids: TokenIds
-    blocks: Sequence[tuple[int, Any]]
-    states: Mapping[int, Any] = field(default_factory=dict)
-
-    @property
-    def hash(self) -> bytes:
-        return group_hash(self.parent, self.token_ids)
-
-    def payloads(self, index: int) -> list[tuple[BlockKey, Any]]:
-        states = [(STATE_LAYER + state, data) for state, data in self.states.items()]
-        return [(BlockKey(Kind.KV, layer, index), data) for layer, data in (*self.blocks, *states)]
-
-    @property
-    def nbytes(self) -> int:
-        """What its payloads take in the file: each has a pad and ends its page."""
-        sizes = [memoryview(data).nbytes for _, data in self.payloads(0)]
-        return sum(ALIGNMENT + round_up(size, ALIGNMENT) for size in sizes)
+_FORMAT = "kv prefixes 2"
+_FORMER = "kv prefixes 1"  # payloads as values of LMDB
 
 
 class PrefixStore:
     """An open store of prefixes. One thread at a time."""
 
-    def __init__(
-        self, store: Store, *, root: bytes | None, block_tokens: int = 0, capacity: int | None
-    ) -> None:
+    def __init__(self, store: Store, *, root: bytes | None, block_tokens: int = 0) -> None:
         """Take over `store`. Without a `root` it can be looked after, but not matched or saved."""
         self.store = store
         self.root = root or b""
         self.block_tokens = block_tokens
         self.num_damaged = 0
-        self._capacity = capacity
         self._held: dict[object, list[bytes]] = {}
         self._touched: set[bytes] = set()
         self._load()
@@ -98,14 +76,14 @@ class PrefixStore:
         if not isinstance(block_tokens, int) or block_tokens <= 0:
             raise ConfigError(f"block_tokens of a KV layout is a positive number: {block_tokens!r}")
         root = root_hash(fingerprint, layout)
-        store = Store.open(directory, mode="w", capacity=capacity)
+        store = Store.open(directory, mode="w", capacity=capacity, payload_file=True)
         try:
             metadata = _check_kind(store)
             models = metadata.get("models", {})
             if root.hex() not in models:
                 models[root.hex()] = {"fingerprint": fingerprint, "layout": layout}
                 store.set_metadata({"format": _FORMAT, "models": models})
-            prefixes = cls(store, root=root, block_tokens=block_tokens, capacity=capacity)
+            prefixes = cls(store, root=root, block_tokens=block_tokens)
             prefixes.gc(max_age=max_age)
             return prefixes
         except BaseException:
@@ -118,11 +96,11 @@ class PrefixStore:
     ) -> PrefixStore:
         """Open the prefixes of all models in an existing store. Raises as `open`."""
         Store.open(directory).close()  # mode "w" would make one
-        store = Store.open(directory, mode=mode)
+        store = Store.open(directory, mode=mode, payload_file=mode == "w")
         try:
             if not _check_kind(store):
                 raise StoreMismatchError(f"{store.path} holds no KV prefixes: name another store")
-            return cls(store, root=None, capacity=None)
+            return cls(store, root=None)
         except BaseException:
             store.close()
             raise
@@ -157,28 +135,31 @@ class PrefixStore:
             found.append(record)
         return found
 
-    def save(self, groups: Sequence[Group]) -> list[Record]:
-        """Write groups, parents before children, in one transaction; return their records.
+    def save(
+        self, groups: Sequence[Group], lock: AbstractContextManager[Any] | None = None
+    ) -> list[Record]:
+        """Write groups, parents before children, to be stored all at once; return their records.
 
-        A group that is stored already isn't written again. Raises `ConfigError` (wrong number of
-        tokens, unknown parent) and `StoreFullError`; then none of them is written.
+        A group that is stored already isn't written again. With a `lock`, others may use the store
+        while they hold it: it is held but while payloads are made and written. Raises `ConfigError`
+        (wrong number of tokens, unknown parent) and `StoreFullError`; then none of them is stored.
         """
-        new = self._new_groups(groups)
-        keep = [name for group in groups for name in (group.hash, group.parent)]
-        nbytes = sum(group.nbytes for group in new.values())
-        if new:
-            self._make_room(nbytes, keep)
-            try:
-                self._write(new)
-            except StoreFullError:
-                if not self._evict(2 * nbytes, keep):
-                    raise
-                # LMDB reuses pages from the second transaction after the one that freed them.
-                for _ in range(2):
-                    with self.store.transaction() as txn:
-                        txn.set_metadata(self.store.metadata)
-                self._write(new)
-        return [self.index.records[group.hash] for group in groups]
+        lock = lock or nullcontext()
+        with lock:
+            new = self._new_groups(groups)
+            if not new:
+                return [self.index.records[group.hash] for group in groups]
+            keep = [name for group in groups for name in (group.hash, group.parent)]
+            batch, records = self._begin(new, keep)
+        try:
+            batch.write()
+            with lock:
+                self._new_groups(groups)  # damage may have taken a parent meanwhile
+                self._commit(batch, records, keep)
+                return [self.index.records[group.hash] for group in groups]
+        finally:
+            with lock:
+                batch.abort()
 
     def _new_groups(self, groups: Sequence[Group]) -> dict[bytes, Group]:
         new: dict[bytes, Group] = {}
@@ -192,49 +173,69 @@ class PrefixStore:
                 new[group.hash] = group
         return new
 
-    def _write(self, new: Mapping[bytes, Group]) -> None:
-        now, records = time.time(), []
-        with self.store.transaction() as txn:
-            for index, (name, group) in enumerate(new.items(), self._next_index):
-                layers = tuple(layer for layer, _ in group.blocks)
-                record = Record(
-                    hash=name,
-                    parent=group.parent,
-                    root=self.root,
-                    index=index,
-                    num_tokens=len(group.token_ids),
-                    nbytes=group.nbytes,
-                    created=now,
-                    last_used=now,
-                    layers=layers,
-                    states=tuple(group.states),
-                )
-                for key, data in group.payloads(index):
-                    txn.put(key, data)
-                txn.put_record(name, record.pack())
-                records.append(record)
-            self._put_touched(txn)
-        self._touched.clear()
+    def _begin(
+        self, new: Mapping[bytes, Group], keep: Sequence[bytes]
+    ) -> tuple[Batch, list[Record]]:
+        now, records, payloads = time.time(), [], []
+        for index, (name, group) in enumerate(new.items(), self._next_index):
+            record = Record(
+                hash=name,
+                parent=group.parent,
+                root=self.root,
+                index=index,
+                num_tokens=len(group.token_ids),
+                nbytes=group.nbytes,
+                created=now,
+                last_used=now,
+                layers=tuple(layer for layer, _ in group.blocks),
+                states=tuple(group.states),
+            )
+            records.append(record)
+            payloads += group.payloads(index)
         self._next_index += len(records)
+        return self._take_room(payloads, keep), records
+
+    def _take_room(
+        self, payloads: Sequence[tuple[BlockKey, Source]], keep: Sequence[bytes]
+    ) -> Batch:
+        file = self.store.payload_file
+        if self.store.catalogue_full:
+            self._evict(self.index.nbytes // 8, keep)
+        while True:
+            try:
+                return file.begin(payloads)
+            except StoreFullError:
+                # What others read is free when they are done: all would be evicted for nothing.
+                if file.read_by_others or not self._evict(file.num_missing(payloads), keep):
+                    raise
+
+    def _commit(self, batch: Batch, records: Sequence[Record], keep: Sequence[bytes]) -> None:
+        try:
+            self._put(batch, records)
+        except StoreFullError:
+            # LMDB's, that is: the payloads have their room.
+            if not self._evict(2 * sum(record.nbytes for record in records), keep):
+                raise
+            # LMDB reuses pages from the second transaction after the one that freed them.
+            for _ in range(2):
+                with self.store.transaction() as txn:
+                    txn.set_metadata(self.store.metadata)
+            self._put(batch, records)
+        batch.keep()
+        self._touched.clear()
         for record in records:
             self.index.add(record)
+
+    def _put(self, batch: Batch, records: Sequence[Record]) -> None:
+        with self.store.transaction() as txn:
+            txn.put_written(batch)
+            for record in records:
+                txn.put_record(record.hash, record.pack())
+            self._put_touched(txn)
 
     def _put_touched(self, txn: Transaction) -> None:
         for name in self._touched & self.index.records.keys():
             txn.put_record(name, self.index.records[name].pack())
-
-    def _make_room(self, nbytes: int, keep: Sequence[bytes]) -> None:
-        if self._capacity is None:
-            return
-        limit = self._capacity - _NUM_RESERVED_PAGES * ALIGNMENT
-        excess = self.index.nbytes + nbytes - limit
-        if excess > 0:
-            self._evict(excess, keep)
-        if self.index.nbytes + nbytes > limit:
-            raise StoreFullError(
-                f"{self.store.path} has no room for {nbytes} bytes of KV beside what is in use: "
-                "give it a larger capacity"
-            )
 
     def _evict(self, nbytes: int, keep: Sequence[bytes] = ()) -> list[Record]:
         held = {name for names in list(self._held.values()) for name in names}
@@ -275,7 +276,7 @@ class PrefixStore:
             for record in records:
                 try:
                     extents = snapshot.extents(record.keys)
-                except ChecksumError:
+                except (ChecksumError, TransferError):
                     break
                 found.append(dict(zip(record.keys, extents, strict=True)))
         if len(found) < len(records):
@@ -319,6 +320,7 @@ class PrefixStore:
             self._evict(self.index.nbytes, young)
         if capacity is not None and self.index.nbytes > capacity:
             self._evict(self.index.nbytes - capacity)
+        self.store.payload_file.trim()
         return before - len(self.index.records)
 
     def _sweep(self) -> None:
@@ -364,6 +366,11 @@ def _check_kind(store: Store) -> dict[str, Any]:
     metadata = store.metadata
     with store.snapshot() as snapshot:
         empty = not metadata and len(snapshot) == 0
+    if metadata.get("format") == _FORMER:
+        raise StoreMismatchError(
+            f"{store.path} holds KV prefixes in a former format ({_FORMER!r}, this version of "
+            f"tiered-mem has {_FORMAT!r}): delete the directory; what was in it is computed again"
+        )
     if not empty and metadata.get("format") != _FORMAT:
         raise StoreMismatchError(
             f"{store.path} holds other blocks than KV prefixes: name another directory"

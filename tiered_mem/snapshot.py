@@ -105,7 +105,7 @@ class Snapshot:
 
     def _parse(self, key: BlockKey | int, packed: bytes, entry: Any) -> _core.Extent:
         try:
-            return _core.parse_entry(self._environment.file, packed, entry)
+            return _core.parse_entry(self._environment.file_of(entry), packed, entry)
         except ChecksumError as error:
             raise ChecksumError(f"{_name(key)}: {error}") from error
 

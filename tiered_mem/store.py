@@ -40,6 +40,7 @@ from tiered_mem.errors import (
     StoreReadOnlyError,
 )
 from tiered_mem.keys import BlockKey
+from tiered_mem.payload_file import Batch, PayloadFile, extent_of
 from tiered_mem.snapshot import RECORD_PREFIX, Snapshot, pack_key, verify
 
 __all__ = ["Snapshot", "Store", "Transaction", "allocate"]
@@ -47,15 +48,23 @@ __all__ = ["Snapshot", "Store", "Transaction", "allocate"]
 _METADATA_KEY = b"metadata"
 _PAGE_HEADER = struct.Struct("<QHHI")  # page number, -, flags, number of overflow pages
 _OVERFLOW_FLAG = 0x04
+_LEAST_CATALOGUE_NBYTES = 512 << 10
+_PAGES_OF_ENTRY = 4  # of the catalogue's tree, at most: its leaf, what that splits into, and above
 _MAX_NBYTES = 0xFFFFFFFF - (16 << 20)  # LMDB's limit, less the pad and what zstd may add
 
 
 class Store:
     """An open store. Safe to share between threads; a forked child must not use it."""
 
-    def __init__(self, environment: Environment, writer_lock: WriterLock | None) -> None:
+    def __init__(
+        self,
+        environment: Environment,
+        writer_lock: WriterLock | None,
+        payload_file: PayloadFile | None = None,
+    ) -> None:
         self._environment = environment
         self._writer_lock = writer_lock
+        self._payload_file = payload_file
         self._transaction_lock = threading.Lock()
         self._snapshots: set[Snapshot] = set()
         self._closed = False
@@ -68,6 +77,7 @@ class Store:
         mode: Literal["r", "w"] = "r",
         capacity: int | None = None,
         durable: bool = True,
+        payload_file: bool = False,
     ) -> Store:
         """Open the store in directory `path`; mode "w" creates it if there is none.
 
@@ -75,7 +85,8 @@ class Store:
         its file (default: what the disk has free). Within a process, open for writing first:
         a store that is open for reading can't be opened for writing as well. One that isn't
         `durable` doesn't wait for the disk: for what is of no use after this process, such as the
-        blocks of a running model.
+        blocks of a running model. With `payload_file`, payloads can be written past LMDB, to a file
+        of their own: a part of `capacity` then is the catalogue's.
 
         Raises `StoreMissingError`, `StoreError` (truncated, not ours), `StoreMismatchError`
         (another version), `StoreBusyError` (another writer), `StoreReadOnlyError`,
@@ -90,10 +101,20 @@ class Store:
             return cls(Environment.open(directory), None)
         writer_lock = WriterLock(directory)
         try:
-            return cls(Environment.create(directory, capacity, durable=durable), writer_lock)
+            lmdb_nbytes = _catalogue_share(capacity) if payload_file else capacity
+            environment = Environment.create(directory, lmdb_nbytes, durable=durable)
         except BaseException:
             writer_lock.release()
             raise
+        store = cls(environment, writer_lock)
+        if payload_file:
+            try:
+                left = None if capacity is None else capacity - environment.map_nbytes
+                store._payload_file = PayloadFile(environment, left)
+            except BaseException:
+                store.close()
+                raise
+        return store
 
     @property
     def path(self) -> Path:
@@ -103,6 +124,22 @@ class Store:
     def direct(self) -> bool:
         """False where the filesystem has no O_DIRECT and reads go through the page cache."""
         return bool(self._open_environment().file.direct)
+
+    @property
+    def payload_file(self) -> PayloadFile:
+        """Where payloads are written past LMDB. Raises `StoreReadOnlyError` if not opened so."""
+        if self._payload_file is None:
+            raise StoreReadOnlyError(f"{self.path} isn't open for writing to a file of payloads")
+        return self._payload_file
+
+    @property
+    def catalogue_full(self) -> bool:
+        """Whether so much of LMDB's file is in use that a transaction may soon find no room.
+
+        What a transaction changes it writes anew, and gives the old pages back two later.
+        """
+        env = self._open_environment()
+        return env.used_nbytes() * 3 > env.map_nbytes
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -131,7 +168,7 @@ class Store:
         if not self._transaction_lock.acquire(blocking=False):
             raise StoreBusyError(f"{self.path} has an open transaction: end that one first")
         try:
-            return Transaction(env, self._transaction_lock.release)
+            return Transaction(env, self._transaction_lock.release, self._payload_file)
         except BaseException:
             self._transaction_lock.release()
             raise
@@ -157,6 +194,8 @@ class Store:
         self._closed = True
         for snapshot in list(self._snapshots):
             snapshot.close()
+        if self._payload_file is not None:
+            self._payload_file.close()
         self._environment.release()
         if self._writer_lock is not None:
             self._writer_lock.release()
@@ -176,9 +215,16 @@ class Store:
 class Transaction:
     """Writes that take effect together when the `with` block ends, or not at all."""
 
-    def __init__(self, environment: Environment, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        environment: Environment,
+        on_end: Callable[[], None],
+        payload_file: PayloadFile | None = None,
+    ) -> None:
         self._environment = environment
         self._on_end = on_end
+        self._payload_file = payload_file
+        self._freed: list[tuple[int, int]] = []  # (offset, bytes) in the file of payloads
         with named_errors(environment.directory):
             self._first_new_page = environment.lmdb.info()["last_pgno"] + 1
             self._txn = environment.lmdb.begin(write=True, buffers=True)
@@ -202,6 +248,7 @@ class Transaction:
         value, table = encode(data, chosen)
         with self._write():
             self._count_pages(value.nbytes)
+            self._free_extent(packed)
             self._txn.put(packed, value.data, db=self._environment.payload)
             offset = self._place(packed, value.nbytes) + PAD_NBYTES
             entry = pack_entry(
@@ -214,13 +261,28 @@ class Transaction:
             )
             self._txn.put(packed, entry, db=self._environment.catalogue)
 
+    def put_written(self, batch: Batch) -> None:
+        """Enter the blocks of a batch that has been written. Then call its `keep`.
+
+        Raises `StoreError` if there is such a block already.
+        """
+        entries = sorted(batch.entries)
+        with self._write():
+            for _, entry in entries:
+                self._num_pages += self._pages_of(len(entry)) + _PAGES_OF_ENTRY
+            cursor = self._txn.cursor(db=self._environment.catalogue)
+            num_put, num_added = cursor.putmulti(entries, overwrite=False)
+            if num_added != num_put:
+                raise StoreError(f"{self._environment.directory} has blocks of these keys already")
+
     def delete(self, key: BlockKey) -> bool:
         """Remove a block. Returns whether there was one."""
         packed = pack_key(key)
         with self._write():
             self._count_pages(0)
-            self._txn.delete(packed, db=self._environment.catalogue)
-            return bool(self._txn.delete(packed, db=self._environment.payload))
+            self._free_extent(packed)
+            self._txn.delete(packed, db=self._environment.payload)
+            return bool(self._txn.delete(packed, db=self._environment.catalogue))
 
     def set_metadata(self, metadata: dict[str, Any]) -> None:
         """Replace the store's metadata (JSON types only)."""
@@ -275,6 +337,16 @@ class Transaction:
             )
         self._extend_file()
         self._txn.commit()
+        if self._payload_file is not None:
+            self._payload_file.free(self._freed, self._generation)
+
+    def _free_extent(self, packed: bytes) -> None:
+        if self._payload_file is None:
+            return
+        entry = self._txn.get(packed, db=self._environment.catalogue)
+        extent = None if entry is None else extent_of(self._environment, packed, entry)
+        if extent is not None:
+            self._freed.append(extent)
 
     def _place(self, packed: bytes, nbytes: int) -> int:
         """Return the file offset of the value just put.
@@ -313,3 +385,13 @@ class Transaction:
         needed = min(needed, self._environment.lmdb.info()["map_size"])
         if os.stat(self._environment.data_path).st_size < needed:
             os.truncate(self._environment.data_path, needed)
+
+
+def _catalogue_share(capacity: int | None) -> int | None:
+    """Return the part of a store's capacity that is LMDB's if payloads lie in another file.
+
+    A sixteenth is enough for blocks of one page; a very large or small store needs less or more.
+    """
+    if capacity is None:
+        return None
+    return min(max(capacity // 16, _LEAST_CATALOGUE_NBYTES), capacity // 2, 1 << 30)

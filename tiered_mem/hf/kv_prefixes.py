@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 from tiered_mem.callers import stacklevel
 from tiered_mem.errors import ChecksumError, ConfigError, TransferError
 from tiered_mem.hf.kv_cache import TieredCache
-from tiered_mem.hf.kv_saving import Buffers, Chain, Pending, Saver
+from tiered_mem.hf.kv_saving import Chain, Pending, Saver
 from tiered_mem.hf.kv_states import States
 from tiered_mem.keys import BlockKey
 from tiered_mem.kv_space import KvSpace
-from tiered_mem.prefix_index import Record
-from tiered_mem.prefixes import Group, PrefixStore
+from tiered_mem.payload_file import Source
+from tiered_mem.prefix_index import Group, Record
+from tiered_mem.prefixes import PrefixStore
 
 _SAMPLE_NBYTES = 4096  # of every parameter, to tell models apart
 
@@ -54,7 +55,6 @@ class Prefixes:
         self._space = space
         self._block_tokens = block_tokens
         self._lock = threading.RLock()
-        self._buffers = Buffers()
         self._saver = Saver(self._save, capacity)
         self._chains: weakref.WeakSet[Chain] = weakref.WeakSet()
         self._store = PrefixStore.open(
@@ -166,21 +166,15 @@ class Prefixes:
     def _save(self, pending: list[Pending]) -> None:
         """Store groups of one chain. In the saver's thread."""
         new = [group for group in pending if group.hash not in self._store.index.records]
-        try:
-            groups = [
-                Group(
-                    group.parent, group.token_ids, [(n, self._read(n, i)) for n, i in group.blocks]
-                )
-                for group in new
-            ]
-            with self._lock:
-                self._store.save(groups)
-        finally:
-            self._buffers.give_back()
+        self._store.save([self._group(group) for group in new], self._lock)
 
     def _group(self, pending: Pending) -> Group:
-        blocks = [(layer, self._read(layer, index)) for layer, index in pending.blocks]
+        blocks = [(layer, self._source(layer, index)) for layer, index in pending.blocks]
         return Group(pending.parent, pending.token_ids, blocks)
+
+    def _source(self, layer: int, index: int) -> Source:
+        nbytes = self._space.block_nbytes(layer)
+        return Source(nbytes, lambda out: self._space.read(layer, index, out))
 
     def _put_back(self, cache: TieredCache, records: Sequence[Record]) -> bool:
         """Put the windows into the cache; return False if one was found damaged, and dropped."""
@@ -194,11 +188,6 @@ class Prefixes:
                     return False
             cache.layers[number].restore(len(records), blocks)
         return True
-
-    def _read(self, layer: int, index: int) -> npt.NDArray[np.uint8]:
-        out = self._buffers.take(self._space.block_nbytes(layer))
-        self._space.read(layer, index, out)
-        return out
 
 
 def fingerprint(model: PreTrainedModel) -> str:

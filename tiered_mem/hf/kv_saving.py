@@ -10,15 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tiered_mem.catalogue import allocate
 from tiered_mem.hf.kv_cache import TieredCache
 from tiered_mem.hf.kv_states import SavedWindow
 from tiered_mem.kv_space import KvSpace
 from tiered_mem.prefix_index import group_hash
 
-_MOST_NBYTES = 64 << 20  # in memory and in one transaction, if a group isn't larger
+_MOST_NBYTES = 256 << 20  # in one transaction, if a group isn't larger
 
-Bytes = npt.NDArray[np.uint8]
 TokenIds = npt.NDArray[np.int64]
 
 
@@ -85,25 +83,6 @@ class Pending:
     def release(self) -> None:
         for layer, index in self.blocks:
             self.space.release(layer, [index])
-
-
-class Buffers:
-    """Memory for blocks on their way to the store, made once. One thread at a time."""
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[Bytes]] = {}
-        self._taken: list[Bytes] = []
-
-    def take(self, nbytes: int) -> Bytes:
-        free = self._free.setdefault(nbytes, [])
-        self._taken.append(free.pop() if free else allocate(nbytes))
-        return self._taken[-1]
-
-    def give_back(self) -> None:
-        """Take back all that is out."""
-        for buffer in self._taken:
-            self._free[buffer.nbytes].append(buffer)
-        self._taken.clear()
 
 
 class Saver:

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <string>
+
+namespace tiered_mem {
+
+// Writes to a file past the page cache while its caller makes what comes next. Memory is a ring:
+// one part of it is filled while others are on their way (Linux native AIO). What lies one after
+// the other, in the ring and in the file, goes together: devices want large writes.
+//
+// An error waits for `flush`, which ends a batch. Not for several threads at once.
+class FileWriter {
+ public:
+  explicit FileWriter(std::string path);  // makes the file if need be; throws IoError
+  ~FileWriter();
+  FileWriter(const FileWriter&) = delete;
+  FileWriter& operator=(const FileWriter&) = delete;
+
+  const std::string& path() const { return path_; }
+  bool direct() const { return direct_; }  // false: through the page cache
+
+  // Has the disk set these bytes of the file aside, so that a full one says so here.
+  // Throws IoError.
+  void reserve(uint64_t offset, uint64_t nbytes);
+  void truncate(uint64_t nbytes);  // throws IoError
+
+  // Returns aligned memory for `nbytes` bytes, to be filled until `write`. Waits for room.
+  std::byte* take(size_t nbytes);
+  // Begins to write what was taken to `offset`, a multiple of kIoAlignment. Up to the next such
+  // multiple, zeros follow it.
+  void write(uint64_t offset);
+  // Waits until the disk has all that was written. Throws the IoError of the first that failed.
+  void flush();
+  // Waits until nothing is on its way, whatever became of it.
+  void discard();
+
+ private:
+  struct Piece {
+    size_t start = 0, nbytes = 0;  // in the ring
+    uint64_t offset = 0;           // in the file
+    bool done = false;
+  };
+
+  void make_ring(size_t nbytes);
+  void free_ring();
+  bool busy(size_t start, size_t end) const;
+  void submit();
+  void complete();
+  void write_now(const Piece& piece, size_t done);
+  void drain();
+
+  std::string path_;
+  int fd_ = -1;
+  bool direct_ = false;
+  unsigned long context_ = 0;  // of AIO; 0 where each write is waited for
+  std::byte* ring_ = nullptr;
+  size_t ring_nbytes_ = 0;
+  size_t head_ = 0;           // where what is taken next begins
+  size_t taken_nbytes_ = 0;   // at head_
+  Piece open_;                // grows until it is large enough to go
+  std::deque<Piece> pieces_;  // that are on their way, oldest first
+  size_t in_flight_ = 0;
+  std::exception_ptr error_;
+};
+
+}  // namespace tiered_mem

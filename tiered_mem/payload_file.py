@@ -1,0 +1,312 @@
+"""Payloads in a file of their own, written past the page cache before their records commit.
+
+LMDB writes its values through the page cache and then waits for it, at a fraction of what the disk
+takes. Nor can others write at the offsets of its values: a transaction's pages are copies in memory
+that its commit writes over whatever is there, and with a writable map the kernel may write them at
+any time. So payloads that come in bulk lie in `payload.bin` beside LMDB's file.
+
+Which bytes of it are in use stands in the catalogue alone: those that a committed entry names.
+There is no free list that a crash could put at odds with it. The one writer a store has at a time
+(`WriterLock`) finds the free extents when it opens the store, and keeps them in memory. A batch
+takes extents, writes them by O_DIRECT, has the disk keep them (fdatasync), and only then commits
+its entries with all that belongs to them in one LMDB transaction. Before that commit nothing names
+the bytes; after it the disk has them.
+
+What a transaction frees is used again when no reader has a snapshot from before it, in this process
+or another: LMDB's own rule for its pages, from LMDB's own table of readers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tiered_mem import _core
+from tiered_mem.catalogue import (
+    ALIGNMENT,
+    Bytes,
+    Codec,
+    as_bytes,
+    lies_apart,
+    pack_entry,
+    plain_table,
+    round_up,
+)
+from tiered_mem.environment import Environment, named_errors
+from tiered_mem.errors import ChecksumError, StoreFullError
+from tiered_mem.keys import BlockKey
+from tiered_mem.snapshot import pack_key
+
+_ENDLESS = 1 << 62
+
+
+@dataclass(frozen=True)
+class Source:
+    """A payload of `nbytes` bytes that `fill` makes, in memory it is given for that."""
+
+    nbytes: int
+    fill: Callable[[Bytes], None]
+
+    @classmethod
+    def of(cls, data: Any) -> Source:
+        """Return `data` itself, or that of a C-contiguous buffer."""
+        if isinstance(data, cls):
+            return data
+        raw = as_bytes(data)
+        return cls(raw.nbytes, lambda out: np.copyto(out, raw))
+
+
+class FreeExtents:
+    """The parts of a file that are free, as sorted [start, end) that don't touch each other.
+
+    The last one has no end: it begins where the file may.
+    """
+
+    def __init__(self, used: Iterable[tuple[int, int]], limit: int) -> None:
+        """`used` are (offset, bytes). Nothing is taken beyond `limit`."""
+        self._limit = limit
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        at = 0
+        for offset, nbytes in sorted(used):
+            if offset > at:
+                self.give(at, offset - at)
+            at = max(at, offset + nbytes)
+        self.give(at, _ENDLESS)
+
+    @property
+    def tail(self) -> int:
+        """Where what is free to the end begins."""
+        return self._starts[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """What is free up to the limit."""
+        pairs = zip(self._starts, self._ends, strict=True)
+        return sum(max(0, min(end, self._limit) - start) for start, end in pairs)
+
+    def take(self, nbytes: int) -> int | None:
+        """Return the offset of the first `nbytes` free bytes, now taken; None if there are none."""
+        for i, (start, end) in enumerate(zip(self._starts, self._ends, strict=True)):
+            if end - start >= nbytes and start + nbytes <= self._limit:
+                self._cut(i, nbytes)
+                return start
+        return None
+
+    def take_before(self, end: int) -> list[tuple[int, int]]:
+        """Take all that is free before `end`; return (offset, bytes) of it."""
+        taken = []
+        while self._starts[0] < end:
+            start = self._starts[0]
+            taken.append((start, min(self._ends[0], end) - start))
+            self._cut(0, taken[-1][1])
+        return taken
+
+    def give(self, offset: int, nbytes: int) -> None:
+        """Make bytes free that aren't."""
+        if nbytes == 0:
+            return
+        start, end = offset, offset + nbytes
+        i = bisect_left(self._starts, start)
+        if i < len(self._starts) and self._starts[i] == end:
+            end = self._ends[i]
+            del self._starts[i], self._ends[i]
+        if i > 0 and self._ends[i - 1] == start:
+            self._ends[i - 1] = end
+        else:
+            self._starts.insert(i, start)
+            self._ends.insert(i, end)
+
+    def _cut(self, i: int, nbytes: int) -> None:
+        """Take the first bytes of part `i`."""
+        self._starts[i] += nbytes
+        if self._starts[i] == self._ends[i]:
+            del self._starts[i], self._ends[i]
+
+
+class PayloadFile:
+    """The writer's side of `payload.bin`. One thread at a time but for `Batch.write`."""
+
+    def __init__(self, environment: Environment, limit: int | None) -> None:
+        """Find what is free. `limit` is in bytes; without one, the disk has the say."""
+        self._environment = environment
+        limit = _ENDLESS if limit is None else max(0, limit)
+        self._free = FreeExtents(_used(environment), limit)
+        self._writer: _core.FileWriter | None = None
+        # Snapshots from before this process came may have what has been freed since.
+        last = environment.last_transaction()
+        size = environment.payload_nbytes()
+        self._freed = [(last, *extent) for extent in self._free.take_before(size)]
+
+    @property
+    def writer(self) -> _core.FileWriter:
+        """Makes the file at its first use: not in a store that turns out to be another's."""
+        if self._writer is None:
+            with named_errors(self._environment.directory):
+                self._writer = _core.FileWriter(str(self._environment.payload_path))
+        return self._writer
+
+    def begin(self, payloads: Sequence[tuple[BlockKey, Source]]) -> Batch:
+        """Take room for a batch. Raises `StoreFullError`; then none is taken."""
+        self._reclaim()
+        extents: list[tuple[int, int]] = []
+        try:
+            for _, source in payloads:
+                nbytes = round_up(source.nbytes, ALIGNMENT)
+                offset = self._free.take(nbytes)
+                if offset is None:
+                    raise StoreFullError(self._no_room())
+                extents.append((offset, nbytes))
+            self._grow(max((sum(extent) for extent in extents), default=0))
+        except BaseException:
+            self.give_back(extents)
+            raise
+        generation = self._environment.last_transaction() + 1
+        return Batch(self, payloads, extents, generation)
+
+    def num_missing(self, payloads: Sequence[tuple[BlockKey, Source]]) -> int:
+        """Return how many bytes more should be free for these. Positive even if the gaps add up."""
+        nbytes = sum(round_up(source.nbytes, ALIGNMENT) for _, source in payloads)
+        return max(nbytes - self._free.nbytes, nbytes // 8, ALIGNMENT)
+
+    @property
+    def read_by_others(self) -> bool:
+        """Whether there are freed bytes that wait for readers of older snapshots."""
+        return bool(self._freed)
+
+    def free(self, extents: Iterable[tuple[int, int]], transaction: int) -> None:
+        """Take back (offset, bytes) that a committed transaction freed, for when nobody reads."""
+        self._freed += [(transaction, offset, nbytes) for offset, nbytes in extents]
+
+    def give_back(self, extents: Iterable[tuple[int, int]]) -> None:
+        """Take back (offset, bytes) that no entry ever named."""
+        for offset, nbytes in extents:
+            self._free.give(offset, nbytes)
+        self.trim()
+
+    def trim(self) -> None:
+        """Give what is free at the file's end back to the disk."""
+        self._reclaim()
+        with named_errors(self._environment.directory):
+            if self._free.tail < self._environment.payload_nbytes():
+                self.writer.truncate(self._free.tail)
+
+    def close(self) -> None:
+        self._writer = None
+
+    def _grow(self, end: int) -> None:
+        with named_errors(self._environment.directory):
+            nbytes = self._environment.payload_nbytes()
+            if end > nbytes:
+                self.writer.reserve(nbytes, end - nbytes)
+
+    def _reclaim(self) -> None:
+        if not self._freed:
+            return
+        oldest = self._environment.oldest_reader()
+        late = []
+        for transaction, offset, nbytes in self._freed:
+            if oldest is None or oldest >= transaction:
+                self._free.give(offset, nbytes)
+            else:
+                late.append((transaction, offset, nbytes))
+        self._freed = late
+
+    def _no_room(self) -> str:
+        if self.read_by_others:
+            return (
+                f"{self._environment.directory} has no room but what others still read: try "
+                "again when they are done, or give it a larger capacity"
+            )
+        return (
+            f"{self._environment.directory} has no room beside what is in use: give it a larger "
+            "capacity"
+        )
+
+
+class Batch:
+    """Payloads for which there is room, on their way into the file.
+
+    Once `write` is through, `Transaction.put_written` names them; then call `keep`. Otherwise call
+    `abort`.
+    """
+
+    def __init__(
+        self,
+        file: PayloadFile,
+        payloads: Sequence[tuple[BlockKey, Source]],
+        extents: list[tuple[int, int]],
+        generation: int,
+    ) -> None:
+        self._file = file
+        self._payloads = payloads
+        self._extents = extents
+        self._generation = generation
+        self.entries: list[tuple[bytes, bytes]] = []
+
+    def write(self) -> None:
+        """Make the payloads and write them, until the disk has them. One batch at a time.
+
+        Raises `StoreFullError`, `StoreError`, and what their sources raise.
+        """
+        writer = self._file.writer
+        with named_errors(self._file._environment.directory):
+            try:
+                for (key, source), (offset, _) in zip(self._payloads, self._extents, strict=True):
+                    memory = writer.take(source.nbytes)
+                    source.fill(memory)
+                    self._add_entry(key, memory, offset)
+                    writer.write(offset)
+                writer.flush()
+            except BaseException:
+                writer.discard()
+                raise
+
+    def _add_entry(self, key: BlockKey, raw: Bytes, offset: int) -> None:
+        packed = pack_key(key)
+        entry = pack_entry(
+            packed,
+            Codec.NONE,
+            nbytes=raw.nbytes,
+            generation=self._generation,
+            offset=offset,
+            table=plain_table(raw),
+            apart=True,
+        )
+        self.entries.append((packed, entry))
+
+    def keep(self) -> None:
+        """Its entries are committed: the extents are the store's."""
+        self._extents = []
+
+    def abort(self) -> None:
+        """Give its extents back, unless they were kept."""
+        extents, self._extents = self._extents, []
+        if extents:
+            self._file.give_back(extents)
+
+
+def extent_of(environment: Environment, packed: bytes, entry: Any) -> tuple[int, int] | None:
+    """Return (offset, bytes) of what an entry has in `payload.bin`; None if that is nothing."""
+    if not lies_apart(entry):
+        return None
+    try:
+        extent = _core.parse_entry(environment.file, packed, entry)
+    except ChecksumError:  # its bytes are free when the store is opened next
+        return None
+    return extent.offset, round_up(extent.stored_nbytes, ALIGNMENT)
+
+
+def _used(environment: Environment) -> list[tuple[int, int]]:
+    """Return what the catalogue names of `payload.bin`: (offset, bytes)."""
+    txn = environment.begin_read()
+    try:
+        cursor = txn.cursor(db=environment.catalogue)
+        extents = [extent_of(environment, bytes(key), entry) for key, entry in cursor]
+    finally:
+        environment.end_read(txn)
+    return [extent for extent in extents if extent is not None]
