@@ -82,11 +82,17 @@ std::unique_ptr<FileWriter> open_writer(std::string path) {
   return writing([&] { return std::make_unique<FileWriter>(std::move(path)); });
 }
 
-// The memory lives as long as the writer, which its array keeps.
-py::array_t<uint8_t> take(const py::object& self, size_t block_nbytes) {
+// The memory lives as long as the writer, which its arrays keep.
+std::vector<py::array_t<uint8_t>> take(const py::object& self, const std::vector<size_t>& sizes) {
   FileWriter& writer = self.cast<FileWriter&>();
-  std::byte* memory = writing([&] { return writer.take(block_nbytes); });
-  return {{block_nbytes}, {size_t{1}}, reinterpret_cast<uint8_t*>(memory), self};
+  std::byte* memory = writing([&] { return writer.take(sizes); });
+  std::vector<py::array_t<uint8_t>> blocks;
+  blocks.reserve(sizes.size());
+  for (size_t size : sizes) {
+    blocks.push_back({{size}, {size_t{1}}, reinterpret_cast<uint8_t*>(memory), self});
+    memory += round_up(size, kIoAlignment);
+  }
+  return blocks;
 }
 
 void bind_writer(py::module_& m) {
@@ -103,11 +109,14 @@ void bind_writer(py::module_& m) {
       .def(
           "truncate", [](FileWriter& w, uint64_t size) { writing([&] { w.truncate(size); }); },
           py::arg("nbytes"), "Cut the file. Raises OSError.")
-      .def("take", &take, py::arg("nbytes"),
-           "Return memory to fill until `write`: 4096-aligned, uint8. Waits for room.")
+      .def("take", &take, py::arg("sizes"),
+           "Return memory for blocks, 4096-aligned, uint8, to fill until `write`. Waits for room.")
       .def(
-          "write", [](FileWriter& w, uint64_t offset) { writing([&] { w.write(offset); }); },
-          py::arg("offset"), "Begin to write what was taken last to an aligned place.")
+          "write",
+          [](FileWriter& w, const std::vector<uint64_t>& offsets) {
+            writing([&] { w.write(offsets); });
+          },
+          py::arg("offsets"), "Begin to write what was taken last, each block to its place.")
       .def(
           "flush", [](FileWriter& w) { writing([&] { w.flush(); }); },
           "Wait until the disk has all of it. Raises OSError of what failed since the last one.")

@@ -63,8 +63,9 @@ void FileWriter::truncate(uint64_t nbytes) {
   }
 }
 
-std::byte* FileWriter::take(size_t nbytes) {
-  const size_t length = round_up(nbytes, kIoAlignment);
+std::byte* FileWriter::take(std::vector<size_t> sizes) {
+  size_t length = 0;
+  for (size_t nbytes : sizes) length += round_up(nbytes, kIoAlignment);
   // So that pieces are on their way while the next is made.
   if (4 * length > ring_nbytes_) make_ring(std::max(kRingNbytes, 4 * length));
   if (head_ + length > ring_nbytes_) {
@@ -72,18 +73,27 @@ std::byte* FileWriter::take(size_t nbytes) {
     head_ = 0;
   }
   while (busy(head_, head_ + length)) complete();
-  taken_nbytes_ = nbytes;
+  taken_ = std::move(sizes);
   return ring_ + head_;
 }
 
-void FileWriter::write(uint64_t offset) {
-  const size_t length = round_up(taken_nbytes_, kIoAlignment);
-  std::memset(ring_ + head_ + taken_nbytes_, 0, length - taken_nbytes_);
-  if (head_ != open_.start + open_.nbytes || offset != open_.offset + open_.nbytes) submit();
+void FileWriter::write(const std::vector<uint64_t>& offsets) {
+  if (offsets.size() != taken_.size()) throw ConfigError("as many offsets as blocks were taken");
+  for (size_t i = 0; i < offsets.size(); ++i) {
+    const size_t length = round_up(taken_[i], kIoAlignment);
+    std::memset(ring_ + head_ + taken_[i], 0, length - taken_[i]);
+    extend(length, offsets[i]);
+  }
+  taken_.clear();
+}
+
+// Adds what lies at head_ to the open piece, if it follows it in the file too.
+void FileWriter::extend(size_t length, uint64_t offset) {
+  const bool follows = head_ == open_.start + open_.nbytes && offset == open_.offset + open_.nbytes;
+  if (!follows) submit();
   if (open_.nbytes == 0) open_ = Piece{head_, 0, offset};
   open_.nbytes += length;
   head_ += length;
-  taken_nbytes_ = 0;
   if (open_.nbytes >= kPieceNbytes) submit();
 }
 

@@ -5,6 +5,7 @@
 #include <deque>
 #include <exception>
 #include <string>
+#include <vector>
 
 namespace tiered_mem {
 
@@ -28,11 +29,12 @@ class FileWriter {
   void reserve(uint64_t offset, uint64_t nbytes);
   void truncate(uint64_t nbytes);  // throws IoError
 
-  // Returns aligned memory for `nbytes` bytes, to be filled until `write`. Waits for room.
-  std::byte* take(size_t nbytes);
-  // Begins to write what was taken to `offset`, a multiple of kIoAlignment. Up to the next such
-  // multiple, zeros follow it.
-  void write(uint64_t offset);
+  // Returns memory for blocks of these sizes, to be filled until `write`: one after the other, each
+  // aligned. Waits for room.
+  std::byte* take(std::vector<size_t> sizes);
+  // Begins to write the blocks that were taken, each to its offset, a multiple of kIoAlignment. Up
+  // to the next such multiple, zeros follow it.
+  void write(const std::vector<uint64_t>& offsets);
   // Waits until the disk has all that was written. Throws the IoError of the first that failed.
   void flush();
   // Waits until nothing is on its way, whatever became of it.
@@ -48,6 +50,7 @@ class FileWriter {
   void make_ring(size_t nbytes);
   void free_ring();
   bool busy(size_t start, size_t end) const;
+  void extend(size_t length, uint64_t offset);
   void submit();
   void complete();
   void write_now(const Piece& piece, size_t done);
@@ -59,10 +62,10 @@ class FileWriter {
   unsigned long context_ = 0;  // of AIO; 0 where each write is waited for
   std::byte* ring_ = nullptr;
   size_t ring_nbytes_ = 0;
-  size_t head_ = 0;           // where what is taken next begins
-  size_t taken_nbytes_ = 0;   // at head_
-  Piece open_;                // grows until it is large enough to go
-  std::deque<Piece> pieces_;  // that are on their way, oldest first
+  size_t head_ = 0;            // where what is taken next begins
+  std::vector<size_t> taken_;  // sizes of the blocks at head_
+  Piece open_;                 // grows until it is large enough to go
+  std::deque<Piece> pieces_;   // that are on their way, oldest first
   size_t in_flight_ = 0;
   std::exception_ptr error_;
 };

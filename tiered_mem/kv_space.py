@@ -212,17 +212,36 @@ class KvSpace:
         event = self.tiers.acquire_resident(keys, threading.get_ident())
         if event is not None:
             with Resident(event, self.backend) as resident:
-                block = self.view(resident.slots[0], self._sizes[layer])
-                HOST.wrap(out.view(np.ndarray)).copy_(block)
+                self._copy(resident.slots[0], out)
             return
         if int(keys[0]) in self._adopted:  # it lies in another store
             with self.begin(layer, [index]) as reading:
                 for _, slot in reading:
-                    block = self.view(slot, self._sizes[layer])
-                    HOST.wrap(out.view(np.ndarray)).copy_(block)
+                    self._copy(slot, out)
             return
         with self.store.snapshot() as snapshot:
             snapshot.read(BlockKey(Kind.KV, layer, index), out)
+
+    def read_all(self, blocks: Sequence[tuple[int, int]], outs: Sequence[Bytes]) -> None:
+        """Copy blocks, (layer, index), as `read` does each: quicker if all are in HBM."""
+        self._check_open()
+        keys = np.concatenate([self._pack(layer, [index]) for layer, index in blocks])
+        event = self.tiers.acquire_resident(keys, threading.get_ident())
+        if event is None:
+            for (layer, index), out in zip(blocks, outs, strict=True):
+                self.read(layer, index, out)
+            return
+        with Resident(event, self.backend) as resident:
+            for slot, out in zip(resident.slots, outs, strict=True):
+                self._copy(slot, out)
+
+    def _copy(self, slot: int, out: Bytes) -> None:
+        block = self.view(slot, out.nbytes)
+        if block.device.type == "cpu":
+            # Not by torch: it would wake its threads, which a core that is busy keeps waiting.
+            np.copyto(out, block.numpy())
+        else:
+            HOST.wrap(out.view(np.ndarray)).copy_(block)
 
     def resident(self, layer: int, index: int) -> bool:
         """Whether a block is in HBM and ready."""

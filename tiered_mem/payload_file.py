@@ -19,8 +19,9 @@ or another: LMDB's own rule for its pages, from LMDB's own table of readers.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,22 +43,36 @@ from tiered_mem.keys import BlockKey
 from tiered_mem.snapshot import pack_key
 
 _ENDLESS = 1 << 62
+_RUN_NBYTES = 4 << 20
+
+
+Maker = Callable[[Sequence[Any], Sequence[Bytes]], None]
+"""Fills the memory it is given, as much for each as it has bytes: see `Source`."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A payload of `nbytes` bytes that `fill` makes, in memory it is given for that."""
+    """A payload of `nbytes` bytes, which `make` puts into memory it is given for that.
+
+    `make` gets the `what` of several payloads that have the same `make`, and memory for each.
+    """
 
     nbytes: int
-    fill: Callable[[Bytes], None]
+    make: Maker
+    what: Any
 
     @classmethod
     def of(cls, data: Any) -> Source:
-        """Return `data` itself, or that of a C-contiguous buffer."""
+        """Return `data` itself, or that of a C-contiguous buffer. Raises `ConfigError`."""
         if isinstance(data, cls):
             return data
         raw = as_bytes(data)
-        return cls(raw.nbytes, lambda out: np.copyto(out, raw))
+        return cls(raw.nbytes, _copy, raw)
+
+
+def _copy(raws: Sequence[Bytes], outs: Sequence[Bytes]) -> None:
+    for raw, out in zip(raws, outs, strict=True):
+        np.copyto(out, raw)
 
 
 class FreeExtents:
@@ -143,10 +158,14 @@ class PayloadFile:
         self._freed = [(last, *extent) for extent in self._free.take_before(size)]
 
     @property
+    def directory(self) -> Path:
+        return self._environment.directory
+
+    @property
     def writer(self) -> _core.FileWriter:
         """Makes the file at its first use: not in a store that turns out to be another's."""
         if self._writer is None:
-            with named_errors(self._environment.directory):
+            with named_errors(self.directory):
                 self._writer = _core.FileWriter(str(self._environment.payload_path))
         return self._writer
 
@@ -191,7 +210,7 @@ class PayloadFile:
     def trim(self) -> None:
         """Give what is free at the file's end back to the disk."""
         self._reclaim()
-        with named_errors(self._environment.directory):
+        with named_errors(self.directory):
             if self._free.tail < self._environment.payload_nbytes():
                 self.writer.truncate(self._free.tail)
 
@@ -199,7 +218,7 @@ class PayloadFile:
         self._writer = None
 
     def _grow(self, end: int) -> None:
-        with named_errors(self._environment.directory):
+        with named_errors(self.directory):
             nbytes = self._environment.payload_nbytes()
             if end > nbytes:
                 self.writer.reserve(nbytes, end - nbytes)
@@ -219,13 +238,10 @@ class PayloadFile:
     def _no_room(self) -> str:
         if self.read_by_others:
             return (
-                f"{self._environment.directory} has no room but what others still read: try "
+                f"{self.directory} has no room but what others still read: try "
                 "again when they are done, or give it a larger capacity"
             )
-        return (
-            f"{self._environment.directory} has no room beside what is in use: give it a larger "
-            "capacity"
-        )
+        return f"{self.directory} has no room beside what is in use: give it a larger capacity"
 
 
 class Batch:
@@ -254,20 +270,39 @@ class Batch:
         Raises `StoreFullError`, `StoreError`, and what their sources raise.
         """
         writer = self._file.writer
-        with named_errors(self._file._environment.directory):
+        with named_errors(self._file.directory):
             try:
-                for (key, source), (offset, _) in zip(self._payloads, self._extents, strict=True):
-                    memory = writer.take(source.nbytes)
-                    source.fill(memory)
-                    self._add_entry(key, memory, offset)
-                    writer.write(offset)
+                for first, last in self._runs():
+                    self._write_run(writer, first, last)
                 writer.flush()
             except BaseException:
                 writer.discard()
                 raise
 
-    def _add_entry(self, key: BlockKey, raw: Bytes, offset: int) -> None:
-        packed = pack_key(key)
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Yield [first, last) of payloads to be made at once: by the same `make`, not too much."""
+        first, nbytes = 0, 0
+        for i, (_, source) in enumerate(self._payloads):
+            nbytes += source.nbytes
+            alike = source.make == self._payloads[first][1].make
+            if i > first and (nbytes > _RUN_NBYTES or not alike):
+                yield first, i
+                first, nbytes = i, source.nbytes
+        if self._payloads:
+            yield first, len(self._payloads)
+
+    def _write_run(self, writer: _core.FileWriter, first: int, last: int) -> None:
+        sources = [source for _, source in self._payloads[first:last]]
+        offsets = [offset for offset, _ in self._extents[first:last]]
+        blocks = writer.take([source.nbytes for source in sources])
+        sources[0].make([source.what for source in sources], blocks)
+        for (key, _), block, offset in zip(
+            self._payloads[first:last], blocks, offsets, strict=True
+        ):
+            self.entries.append(self._entry(pack_key(key), block, offset))
+        writer.write(offsets)
+
+    def _entry(self, packed: bytes, raw: Bytes, offset: int) -> tuple[bytes, bytes]:
         entry = pack_entry(
             packed,
             Codec.NONE,
@@ -277,7 +312,7 @@ class Batch:
             table=plain_table(raw),
             apart=True,
         )
-        self.entries.append((packed, entry))
+        return packed, entry
 
     def keep(self) -> None:
         """Its entries are committed: the extents are the store's."""
