@@ -95,6 +95,17 @@ std::vector<py::array_t<uint8_t>> take(const py::object& self, const std::vector
   return blocks;
 }
 
+uint64_t write_from(FileWriter& writer, const std::vector<py::buffer>& blocks,
+                    const std::vector<uint64_t>& offsets) {
+  std::vector<iovec> parts;
+  parts.reserve(blocks.size());
+  for (const py::buffer& block : blocks) {
+    const py::buffer_info info = contiguous(block, false);
+    parts.push_back({info.ptr, nbytes(info)});
+  }
+  return writing([&] { return writer.write_from(parts, offsets); });
+}
+
 void bind_writer(py::module_& m) {
   py::class_<FileWriter>(m, "FileWriter", "Writes to a file by O_DIRECT, several at once.")
       .def(py::init(&open_writer), py::arg("path"))
@@ -117,6 +128,11 @@ void bind_writer(py::module_& m) {
             writing([&] { w.write(offsets); });
           },
           py::arg("offsets"), "Begin to write what was taken last, each block to its place.")
+      .def("write_from", &write_from, py::arg("blocks"), py::arg("offsets"),
+           "Begin to write aligned memory, to be left as it is until `wait` for this number.")
+      .def(
+          "wait", [](FileWriter& w, uint64_t number) { writing([&] { w.wait(number); }); },
+          py::arg("number"), "Wait until what `write_from` gave this number has been written.")
       .def(
           "flush", [](FileWriter& w) { writing([&] { w.flush(); }); },
           "Wait until the disk has all of it. Raises OSError of what failed since the last one.")

@@ -20,6 +20,7 @@ namespace {
 
 constexpr size_t kPieceNbytes = size_t{1} << 20;  // what one write has at least, if it can
 constexpr size_t kDepth = 8;                      // writes in flight
+constexpr size_t kMostParts = 256;  // of memory, in one write; the kernel's limit is 1024
 constexpr size_t kRingNbytes = size_t{16} << 20;
 constexpr size_t kHugeNbytes = size_t{2} << 20;
 
@@ -72,28 +73,55 @@ std::byte* FileWriter::take(std::vector<size_t> sizes) {
     submit();
     head_ = 0;
   }
-  while (busy(head_, head_ + length)) complete();
+  while (busy(ring_ + head_, ring_ + head_ + length)) complete();
   taken_ = std::move(sizes);
   return ring_ + head_;
 }
 
 void FileWriter::write(const std::vector<uint64_t>& offsets) {
-  if (offsets.size() != taken_.size()) throw ConfigError("as many offsets as blocks were taken");
+  if (offsets.size() != taken_.size()) throw ConfigError("each block that was taken has an offset");
   for (size_t i = 0; i < offsets.size(); ++i) {
     const size_t length = round_up(taken_[i], kIoAlignment);
     std::memset(ring_ + head_ + taken_[i], 0, length - taken_[i]);
-    extend(length, offsets[i]);
+    extend(ring_ + head_, length, offsets[i]);
+    head_ += length;
   }
   taken_.clear();
 }
 
-// Adds what lies at head_ to the open piece, if it follows it in the file too.
-void FileWriter::extend(size_t length, uint64_t offset) {
-  const bool follows = head_ == open_.start + open_.nbytes && offset == open_.offset + open_.nbytes;
-  if (!follows) submit();
-  if (open_.nbytes == 0) open_ = Piece{head_, 0, offset};
-  open_.nbytes += length;
-  head_ += length;
+uint64_t FileWriter::write_from(const std::vector<iovec>& blocks,
+                                const std::vector<uint64_t>& offsets) {
+  if (offsets.size() != blocks.size()) throw ConfigError("each block has an offset");
+  for (const iovec& block : blocks) {
+    if (reinterpret_cast<uintptr_t>(block.iov_base) % kIoAlignment || block.iov_len % kIoAlignment)
+      throw ConfigError("O_DIRECT writes from aligned memory: copy the block");
+  }
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    extend(static_cast<std::byte*>(blocks[i].iov_base), blocks[i].iov_len, offsets[i]);
+  }
+  return num_pieces_;
+}
+
+void FileWriter::wait(uint64_t number) {
+  if (open_.nbytes > 0 && open_.number <= number) submit();
+  while (!pieces_.empty() && pieces_.front().number <= number) complete();
+}
+
+// Adds bytes to the open piece, if they follow it in the file.
+void FileWriter::extend(std::byte* src, size_t nbytes, uint64_t offset) {
+  if (offset != open_.offset + open_.nbytes || open_.parts.size() == kMostParts) submit();
+  if (open_.nbytes == 0) {
+    open_.offset = offset;
+    open_.number = ++num_pieces_;
+  }
+  std::vector<iovec>& parts = open_.parts;
+  const bool follows = !parts.empty() &&
+                       static_cast<std::byte*>(parts.back().iov_base) + parts.back().iov_len == src;
+  if (follows)
+    parts.back().iov_len += nbytes;
+  else
+    parts.push_back({src, nbytes});
+  open_.nbytes += nbytes;
   if (open_.nbytes >= kPieceNbytes) submit();
 }
 
@@ -132,33 +160,36 @@ void FileWriter::free_ring() {
 }
 
 // Whether any of these bytes of the ring are still to be written.
-bool FileWriter::busy(size_t start, size_t end) const {
+bool FileWriter::busy(const std::byte* start, const std::byte* end) const {
   return std::any_of(pieces_.begin(), pieces_.end(), [&](const Piece& piece) {
-    return piece.start < end && start < piece.start + piece.nbytes;
+    return std::any_of(piece.parts.begin(), piece.parts.end(), [&](const iovec& part) {
+      const auto* first = static_cast<const std::byte*>(part.iov_base);
+      return first < end && start < first + part.iov_len;
+    });
   });
 }
 
 // Sends the open piece on its way.
 void FileWriter::submit() {
   if (open_.nbytes == 0) return;
-  const Piece piece = std::exchange(open_, {});
-  if (context_ == 0) return write_now(piece, 0);
+  if (context_ == 0) return write_now(std::exchange(open_, {}), 0);
   while (in_flight_ == kDepth) complete();
-  pieces_.push_back(piece);  // a deque: the others stay where the kernel knows them
+  pieces_.push_back(std::exchange(open_, {}));  // a deque: the others stay where they are
+  Piece& piece = pieces_.back();
   iocb block{};
-  block.aio_data = reinterpret_cast<uintptr_t>(&pieces_.back());
-  block.aio_lio_opcode = IOCB_CMD_PWRITE;
+  block.aio_data = reinterpret_cast<uintptr_t>(&piece);
+  block.aio_lio_opcode = IOCB_CMD_PWRITEV;
   block.aio_fildes = static_cast<uint32_t>(fd_);
-  block.aio_buf = reinterpret_cast<uintptr_t>(ring_ + piece.start);
-  block.aio_nbytes = piece.nbytes;
+  block.aio_buf = reinterpret_cast<uintptr_t>(piece.parts.data());
+  block.aio_nbytes = piece.parts.size();
   block.aio_offset = static_cast<int64_t>(piece.offset);
   iocb* pointer = &block;
   if (syscall(SYS_io_submit, context_, 1, &pointer) == 1) {
     ++in_flight_;
     return;
   }
-  pieces_.pop_back();  // what the kernel won't take is written the plain way
-  write_now(piece, 0);
+  write_now(piece, 0);  // what the kernel won't take is written the plain way
+  pieces_.pop_back();
 }
 
 // Waits for one write.
@@ -176,17 +207,25 @@ void FileWriter::complete() {
   while (!pieces_.empty() && pieces_.front().done) pieces_.pop_front();
 }
 
+// Writes what is left of a piece, of which `done` bytes are written.
 void FileWriter::write_now(const Piece& piece, size_t done) {
-  while (done < piece.nbytes && !error_) {
-    const ssize_t count = pwrite(fd_, ring_ + piece.start + done, piece.nbytes - done,
-                                 static_cast<off_t>(piece.offset + done));
-    if (count < 0 && errno == EINTR) continue;
-    if (count <= 0) {
-      const int reason = count < 0 ? errno : ENOSPC;
-      error_ = std::make_exception_ptr(IoError(reason, path_, piece.offset + done, "writing"));
-      return;
+  uint64_t offset = piece.offset;
+  for (const iovec& part : piece.parts) {
+    size_t first = std::min(done, part.iov_len);
+    done -= first;
+    offset += first;
+    while (first < part.iov_len && !error_) {
+      const auto* src = static_cast<const std::byte*>(part.iov_base) + first;
+      const ssize_t count = pwrite(fd_, src, part.iov_len - first, static_cast<off_t>(offset));
+      if (count < 0 && errno == EINTR) continue;
+      if (count <= 0) {
+        const int reason = count < 0 ? errno : ENOSPC;
+        error_ = std::make_exception_ptr(IoError(reason, path_, offset, "writing"));
+        return;
+      }
+      first += static_cast<size_t>(count);
+      offset += static_cast<uint64_t>(count);
     }
-    done += static_cast<size_t>(count);
   }
 }
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <sys/uio.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -35,6 +37,11 @@ class FileWriter {
   // Begins to write the blocks that were taken, each to its offset, a multiple of kIoAlignment. Up
   // to the next such multiple, zeros follow it.
   void write(const std::vector<uint64_t>& offsets);
+  // The same from memory that stays as it is until `wait` for the number this returns. It and the
+  // sizes are multiples of kIoAlignment: else throws ConfigError.
+  uint64_t write_from(const std::vector<iovec>& blocks, const std::vector<uint64_t>& offsets);
+  // Waits until what `write_from` gave this number has left its memory.
+  void wait(uint64_t number);
   // Waits until the disk has all that was written. Throws the IoError of the first that failed.
   void flush();
   // Waits until nothing is on its way, whatever became of it.
@@ -42,15 +49,17 @@ class FileWriter {
 
  private:
   struct Piece {
-    size_t start = 0, nbytes = 0;  // in the ring
-    uint64_t offset = 0;           // in the file
+    std::vector<iovec> parts;  // of memory
+    uint64_t number = 0;
+    uint64_t offset = 0;  // in the file
+    size_t nbytes = 0;
     bool done = false;
   };
 
   void make_ring(size_t nbytes);
   void free_ring();
-  bool busy(size_t start, size_t end) const;
-  void extend(size_t length, uint64_t offset);
+  bool busy(const std::byte* start, const std::byte* end) const;
+  void extend(std::byte* src, size_t nbytes, uint64_t offset);
   void submit();
   void complete();
   void write_now(const Piece& piece, size_t done);
@@ -66,6 +75,7 @@ class FileWriter {
   std::vector<size_t> taken_;  // sizes of the blocks at head_
   Piece open_;                 // grows until it is large enough to go
   std::deque<Piece> pieces_;   // that are on their way, oldest first
+  uint64_t num_pieces_ = 0;    // ever
   size_t in_flight_ = 0;
   std::exception_ptr error_;
 };

@@ -45,6 +45,17 @@ class Recorder(Protocol):
         """Blocks came into being, or are forgotten."""
 
 
+class LentBlocks:
+    """Blocks pinned in HBM until they are given back."""
+
+    def __init__(self, resident: Resident, blocks: Sequence[Bytes]) -> None:
+        self._resident = resident.__enter__()
+        self.blocks = blocks
+
+    def give_back(self) -> None:
+        self._resident.__exit__()
+
+
 class KvSpace:
     """The KV blocks of one model's caches on a runtime. Made by `Runtime.attach_kv`.
 
@@ -222,18 +233,37 @@ class KvSpace:
         with self.store.snapshot() as snapshot:
             snapshot.read(BlockKey(Kind.KV, layer, index), out)
 
-    def read_all(self, blocks: Sequence[tuple[int, int]], outs: Sequence[Bytes]) -> None:
+    def copy(self, names: Sequence[tuple[int, int]], outs: Sequence[Bytes]) -> None:
         """Copy blocks, (layer, index), as `read` does each: quicker if all are in HBM."""
-        self._check_open()
-        keys = np.concatenate([self._pack(layer, [index]) for layer, index in blocks])
-        event = self.tiers.acquire_resident(keys, threading.get_ident())
+        event = self._acquire_resident(names)
         if event is None:
-            for (layer, index), out in zip(blocks, outs, strict=True):
+            for (layer, index), out in zip(names, outs, strict=True):
                 self.read(layer, index, out)
             return
         with Resident(event, self.backend) as resident:
             for slot, out in zip(resident.slots, outs, strict=True):
                 self._copy(slot, out)
+
+    def lend(self, names: Sequence[tuple[int, int]]) -> LentBlocks | None:
+        """Pin blocks, (layer, index), to be written from where they lie.
+
+        None if they aren't all in HBM, that isn't host memory, or they don't fill their pages.
+        """
+        sizes = [self._sizes[layer] for layer, _ in names]
+        if self.backend.name != "cpu" or any(size % ALIGNMENT for size in sizes):
+            return None
+        event = self._acquire_resident(names)
+        if event is None:
+            return None
+        resident = Resident(event, self.backend)
+        memory = self._memory().numpy()
+        blocks = [memory[at : at + size] for at, size in zip(resident.slots, sizes, strict=True)]
+        return LentBlocks(resident, blocks)
+
+    def _acquire_resident(self, names: Sequence[tuple[int, int]]) -> Any:
+        self._check_open()
+        keys = [BlockKey(Kind.KV, layer, index, self._number).pack() for layer, index in names]
+        return self.tiers.acquire_resident(np.array(keys, np.uint64), threading.get_ident())
 
     def _copy(self, slot: int, out: Bytes) -> None:
         block = self.view(slot, out.nbytes)

@@ -19,10 +19,11 @@ or another: LMDB's own rule for its pages, from LMDB's own table of readers.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,22 +45,35 @@ from tiered_mem.snapshot import pack_key
 
 _ENDLESS = 1 << 62
 _RUN_NBYTES = 4 << 20
+_LENT_NBYTES = 16 << 20  # as many of these as keep a disk busy
 
 
-Maker = Callable[[Sequence[Any], Sequence[Bytes]], None]
-"""Fills the memory it is given, as much for each as it has bytes: see `Source`."""
+class Lent(Protocol):
+    """Payloads in memory of their owner, aligned, which stay as they are until `give_back`."""
+
+    @property
+    def blocks(self) -> Sequence[Bytes]: ...
+
+    def give_back(self) -> None: ...
+
+
+class Owner(Protocol):
+    """Whose payloads are written. Both are asked for several, of which only they know the names."""
+
+    def lend(self, names: Sequence[Any]) -> Lent | None:
+        """Return them, or None: then they're copied."""
+
+    def copy(self, names: Sequence[Any], outs: Sequence[Bytes]) -> None:
+        """Copy each to memory as large. Nothing that was lent is out then."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A payload of `nbytes` bytes, which `make` puts into memory it is given for that.
-
-    `make` gets the `what` of several payloads that have the same `make`, and memory for each.
-    """
+    """A payload of `nbytes` bytes, what `owner` has under `name`."""
 
     nbytes: int
-    make: Maker
-    what: Any
+    owner: Owner
+    name: Any
 
     @classmethod
     def of(cls, data: Any) -> Source:
@@ -67,12 +81,21 @@ class Source:
         if isinstance(data, cls):
             return data
         raw = as_bytes(data)
-        return cls(raw.nbytes, _copy, raw)
+        return cls(raw.nbytes, _BUFFERS, raw)
 
 
-def _copy(raws: Sequence[Bytes], outs: Sequence[Bytes]) -> None:
-    for raw, out in zip(raws, outs, strict=True):
-        np.copyto(out, raw)
+class _Buffers:
+    """The owner of buffers, which are their own names."""
+
+    def lend(self, names: Sequence[Any]) -> None:
+        return None
+
+    def copy(self, names: Sequence[Any], outs: Sequence[Bytes]) -> None:
+        for raw, out in zip(names, outs, strict=True):
+            np.copyto(out, raw)
+
+
+_BUFFERS = _Buffers()
 
 
 class FreeExtents:
@@ -262,6 +285,7 @@ class Batch:
         self._payloads = payloads
         self._extents = extents
         self._generation = generation
+        self._lent: deque[tuple[int, Lent]] = deque()
         self.entries: list[tuple[bytes, bytes]] = []
 
     def write(self) -> None:
@@ -274,17 +298,19 @@ class Batch:
             try:
                 for first, last in self._runs():
                     self._write_run(writer, first, last)
+                self._give_back(writer)
                 writer.flush()
             except BaseException:
                 writer.discard()
+                self._give_back(writer)
                 raise
 
     def _runs(self) -> Iterator[tuple[int, int]]:
-        """Yield [first, last) of payloads to be made at once: by the same `make`, not too much."""
+        """Yield [first, last) of payloads to be made at once: one owner's, not too much."""
         first, nbytes = 0, 0
         for i, (_, source) in enumerate(self._payloads):
             nbytes += source.nbytes
-            alike = source.make == self._payloads[first][1].make
+            alike = source.owner is self._payloads[first][1].owner
             if i > first and (nbytes > _RUN_NBYTES or not alike):
                 yield first, i
                 first, nbytes = i, source.nbytes
@@ -294,13 +320,31 @@ class Batch:
     def _write_run(self, writer: _core.FileWriter, first: int, last: int) -> None:
         sources = [source for _, source in self._payloads[first:last]]
         offsets = [offset for offset, _ in self._extents[first:last]]
-        blocks = writer.take([source.nbytes for source in sources])
-        sources[0].make([source.what for source in sources], blocks)
+        owner, names = sources[0].owner, [source.name for source in sources]
+        lent = owner.lend(names)
+        if lent is None:
+            self._give_back(writer)
+            blocks: Sequence[Bytes] = writer.take([source.nbytes for source in sources])
+            owner.copy(names, blocks)
+        else:
+            blocks = lent.blocks
+            self._lent.append((writer.write_from(blocks, offsets), lent))
         for (key, _), block, offset in zip(
             self._payloads[first:last], blocks, offsets, strict=True
         ):
             self.entries.append(self._entry(pack_key(key), block, offset))
-        writer.write(offsets)
+        if lent is None:
+            writer.write(offsets)
+        self._give_back(writer, _LENT_NBYTES)
+
+    def _give_back(self, writer: _core.FileWriter, keep: int = 0) -> None:
+        """Give back what was lent, once it is written, but the last `keep` bytes."""
+        while sum(block.nbytes for _, lent in self._lent for block in lent.blocks) > keep:
+            number, lent = self._lent.popleft()
+            try:
+                writer.wait(number)
+            finally:
+                lent.give_back()
 
     def _entry(self, packed: bytes, raw: Bytes, offset: int) -> tuple[bytes, bytes]:
         entry = pack_entry(

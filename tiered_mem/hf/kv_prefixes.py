@@ -173,7 +173,7 @@ class Prefixes:
         return Group(pending.parent, pending.token_ids, blocks)
 
     def _source(self, layer: int, index: int) -> Source:
-        return Source(self._space.block_nbytes(layer), self._space.read_all, (layer, index))
+        return Source(self._space.block_nbytes(layer), self._space, (layer, index))
 
     def _put_back(self, cache: TieredCache, records: Sequence[Record]) -> bool:
         """Put the windows into the cache; return False if one was found damaged, and dropped."""
