@@ -19,7 +19,7 @@ namespace tiered_mem {
 namespace {
 
 constexpr size_t kPieceNbytes = size_t{1} << 20;  // what one write has at least, if it can
-constexpr size_t kDepth = 8;                      // writes in flight
+constexpr size_t kDepth = 16;                     // writes in flight
 constexpr size_t kMostParts = 256;  // of memory, in one write; the kernel's limit is 1024
 constexpr size_t kRingNbytes = size_t{16} << 20;
 constexpr size_t kHugeNbytes = size_t{2} << 20;

@@ -182,16 +182,29 @@ class KvSpace:
         with self._lock:
             self._users.update(self._pack(layer, list(indices)).tolist())
 
+    def share_all(self, names: Sequence[tuple[int, int]]) -> None:
+        """As `share`, of blocks (layer, index)."""
+        with self._lock:
+            self._users.update(self._pack_all(names))
+
     def release(self, layer: int, indices: Sequence[int]) -> None:
         """Count one user less of each; a block without users is forgotten and leaves the store.
 
         No event of this thread may hold one of them.
         """
-        if self.closed or not indices:
+        if len(indices):
+            self._release(self._pack(layer, indices).tolist())
+
+    def release_all(self, names: Sequence[tuple[int, int]]) -> None:
+        """As `release`, of blocks (layer, index)."""
+        self._release(self._pack_all(names))
+
+    def _release(self, keys: Sequence[int]) -> None:
+        if self.closed:
             return
         gone = []
         with self._lock:
-            for key in self._pack(layer, indices).tolist():
+            for key in keys:
                 self._users[key] -= 1
                 if self._users[key] == 0:
                     del self._users[key]
@@ -262,8 +275,8 @@ class KvSpace:
 
     def _acquire_resident(self, names: Sequence[tuple[int, int]]) -> Any:
         self._check_open()
-        keys = [BlockKey(Kind.KV, layer, index, self._number).pack() for layer, index in names]
-        return self.tiers.acquire_resident(np.array(keys, np.uint64), threading.get_ident())
+        keys = np.array(self._pack_all(names), np.uint64)
+        return self.tiers.acquire_resident(keys, threading.get_ident())
 
     def _copy(self, slot: int, out: Bytes) -> None:
         block = self.view(slot, out.nbytes)
@@ -413,3 +426,6 @@ class KvSpace:
         while self._abandoned:
             layer, *indices = self._abandoned.popleft()
             self.release(layer, indices)
+
+    def _pack_all(self, names: Sequence[tuple[int, int]]) -> list[int]:
+        return [BlockKey(Kind.KV, layer, index, self._number).pack() for layer, index in names]

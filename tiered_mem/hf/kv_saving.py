@@ -15,7 +15,7 @@ from tiered_mem.hf.kv_states import SavedWindow
 from tiered_mem.kv_space import KvSpace
 from tiered_mem.prefix_index import group_hash
 
-_MOST_NBYTES = 256 << 20  # in one transaction, if a group isn't larger
+_MOST_NBYTES = 512 << 20  # in one transaction, if a group isn't larger
 
 TokenIds = npt.NDArray[np.int64]
 
@@ -73,16 +73,14 @@ class Pending:
 
     def __post_init__(self) -> None:
         self.hash = group_hash(self.parent, self.token_ids)
-        for layer, index in self.blocks:
-            self.space.share(layer, [index])
+        self.space.share_all(self.blocks)
 
     @property
     def nbytes(self) -> int:
         return sum(self.space.block_nbytes(layer) for layer, _ in self.blocks)
 
     def release(self) -> None:
-        for layer, index in self.blocks:
-            self.space.release(layer, [index])
+        self.space.release_all(self.blocks)
 
 
 class Saver:
