@@ -8,7 +8,7 @@ from pathlib import Path
 
 # pybind11's classes have its metaclass, and a default __init__ where they can't be made.
 ALLOWED = """
-tiered_mem\\._core\\.(Event|Evictable|Extent|Future|File|Memory|Residency|Tiers)
+tiered_mem\\._core\\.(Event|Evictable|Extent|Future|File|FileWriter|Memory|Residency|Tiers)
 tiered_mem\\._core\\.(Event|Evictable|Memory)\\.__init__
 tiered_mem\\._core\\.(CudaDevice|Device|Mark|Pin|QueueDevice)
 tiered_mem\\._core\\.(Device|Mark|Pin)\\.__init__

@@ -121,11 +121,11 @@ class FreeExtents:
         """Where what is free to the end begins."""
         return self._starts[-1]
 
-    @property
-    def nbytes(self) -> int:
-        """What is free up to the limit."""
+    def nbytes_before(self, end: int) -> int:
+        """Return what may be taken before `end`."""
+        end = min(end, self._limit)
         pairs = zip(self._starts, self._ends, strict=True)
-        return sum(max(0, min(end, self._limit) - start) for start, end in pairs)
+        return sum(max(0, min(stop, end) - start) for start, stop in pairs)
 
     def take(self, nbytes: int) -> int | None:
         """Return the offset of the first `nbytes` free bytes, now taken; None if there are none."""
@@ -175,6 +175,7 @@ class PayloadFile:
         limit = _ENDLESS if limit is None else max(0, limit)
         self._free = FreeExtents(_used(environment), limit)
         self._writer: _core.FileWriter | None = None
+        self._disk_full = False
         # Snapshots from before this process came may have what has been freed since.
         last = environment.last_transaction()
         size = environment.payload_nbytes()
@@ -201,6 +202,7 @@ class PayloadFile:
                 nbytes = round_up(source.nbytes, ALIGNMENT)
                 offset = self._free.take(nbytes)
                 if offset is None:
+                    self._disk_full = False
                     raise StoreFullError(self._no_room())
                 extents.append((offset, nbytes))
             self._grow(max((sum(extent) for extent in extents), default=0))
@@ -211,9 +213,13 @@ class PayloadFile:
         return Batch(self, payloads, extents, generation)
 
     def num_missing(self, payloads: Sequence[tuple[BlockKey, Source]]) -> int:
-        """Return how many bytes more should be free for these. Positive even if the gaps add up."""
+        """Return how many bytes more would have to be free for these, which found no room.
+
+        Positive even where the gaps add up. A full disk is a limit, too: what the file has now.
+        """
         nbytes = sum(round_up(source.nbytes, ALIGNMENT) for _, source in payloads)
-        return max(nbytes - self._free.nbytes, nbytes // 8, ALIGNMENT)
+        end = self._environment.payload_nbytes() if self._disk_full else _ENDLESS
+        return max(nbytes - self._free.nbytes_before(end), nbytes // 8, ALIGNMENT)
 
     @property
     def read_by_others(self) -> bool:
@@ -241,10 +247,12 @@ class PayloadFile:
         self._writer = None
 
     def _grow(self, end: int) -> None:
-        with named_errors(self.directory):
-            nbytes = self._environment.payload_nbytes()
-            if end > nbytes:
+        nbytes = self._environment.payload_nbytes()
+        self._disk_full = end > nbytes  # until it proves otherwise
+        if end > nbytes:
+            with named_errors(self.directory):
                 self.writer.reserve(nbytes, end - nbytes)
+        self._disk_full = False
 
     def _reclaim(self) -> None:
         if not self._freed:

@@ -205,8 +205,11 @@ class PrefixStore:
             try:
                 return file.begin(payloads)
             except StoreFullError:
-                # What others read is free when they are done: all would be evicted for nothing.
-                if file.read_by_others or not self._evict(file.num_missing(payloads), keep):
+                # In vain while others read what was freed, and for more than there is.
+                missing = file.num_missing(payloads)
+                if file.read_by_others or missing > self.index.nbytes:
+                    raise
+                if not self._evict(missing, keep):
                     raise
 
     def _commit(self, batch: Batch, records: Sequence[Record], keep: Sequence[bytes]) -> None:
