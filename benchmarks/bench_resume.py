@@ -187,7 +187,8 @@ def in_new_process(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def stored_files(directory: Path) -> list[Path]:
-    return [path for path in directory.iterdir() if path.stat().st_size > 1 << 20]
+    """Return the files with payloads; that of the catalogue is small, but has a sparse end."""
+    return [path for path in directory.iterdir() if path.stat().st_blocks * 512 > 1 << 20]
 
 
 def resume(directory: Path, prefixes: Path) -> dict[str, Any]:

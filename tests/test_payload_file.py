@@ -17,7 +17,8 @@ from test_prefixes import check_whole, groups_of, open_at, tokens
 
 from tiered_mem import _core, errors
 from tiered_mem.catalogue import ALIGNMENT, allocate
-from tiered_mem.payload_file import FreeExtents, Source
+from tiered_mem.free_extents import FreeExtents
+from tiered_mem.payload_file import Source
 from tiered_mem.prefix_index import Group
 from tiered_mem.prefixes import PrefixStore
 from tiered_mem.store import Store

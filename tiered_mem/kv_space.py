@@ -45,17 +45,6 @@ class Recorder(Protocol):
         """Blocks came into being, or are forgotten."""
 
 
-class LentBlocks:
-    """Blocks pinned in HBM until they are given back."""
-
-    def __init__(self, resident: Resident, blocks: Sequence[Bytes]) -> None:
-        self._resident = resident.__enter__()
-        self.blocks = blocks
-
-    def give_back(self) -> None:
-        self._resident.__exit__()
-
-
 class KvSpace:
     """The KV blocks of one model's caches on a runtime. Made by `Runtime.attach_kv`.
 
@@ -185,7 +174,7 @@ class KvSpace:
     def share_all(self, names: Sequence[tuple[int, int]]) -> None:
         """As `share`, of blocks (layer, index)."""
         with self._lock:
-            self._users.update(self._pack_all(names))
+            self._users.update(self.pack_all(names))
 
     def release(self, layer: int, indices: Sequence[int]) -> None:
         """Count one user less of each; a block without users is forgotten and leaves the store.
@@ -197,7 +186,7 @@ class KvSpace:
 
     def release_all(self, names: Sequence[tuple[int, int]]) -> None:
         """As `release`, of blocks (layer, index)."""
-        self._release(self._pack_all(names))
+        self._release(self.pack_all(names))
 
     def _release(self, keys: Sequence[int]) -> None:
         if self.closed:
@@ -236,49 +225,18 @@ class KvSpace:
         event = self.tiers.acquire_resident(keys, threading.get_ident())
         if event is not None:
             with Resident(event, self.backend) as resident:
-                self._copy(resident.slots[0], out)
+                self.copy_slot(resident.slots[0], out)
             return
         if int(keys[0]) in self._adopted:  # it lies in another store
             with self.begin(layer, [index]) as reading:
                 for _, slot in reading:
-                    self._copy(slot, out)
+                    self.copy_slot(slot, out)
             return
         with self.store.snapshot() as snapshot:
             snapshot.read(BlockKey(Kind.KV, layer, index), out)
 
-    def copy(self, names: Sequence[tuple[int, int]], outs: Sequence[Bytes]) -> None:
-        """Copy blocks, (layer, index), as `read` does each: quicker if all are in HBM."""
-        event = self._acquire_resident(names)
-        if event is None:
-            for (layer, index), out in zip(names, outs, strict=True):
-                self.read(layer, index, out)
-            return
-        with Resident(event, self.backend) as resident:
-            for slot, out in zip(resident.slots, outs, strict=True):
-                self._copy(slot, out)
-
-    def lend(self, names: Sequence[tuple[int, int]]) -> LentBlocks | None:
-        """Pin blocks, (layer, index), to be written from where they lie.
-
-        None if they aren't all in HBM, that isn't host memory, or they don't fill their pages.
-        """
-        sizes = [self._sizes[layer] for layer, _ in names]
-        if self.backend.name != "cpu" or any(size % ALIGNMENT for size in sizes):
-            return None
-        event = self._acquire_resident(names)
-        if event is None:
-            return None
-        resident = Resident(event, self.backend)
-        memory = self._memory().numpy()
-        blocks = [memory[at : at + size] for at, size in zip(resident.slots, sizes, strict=True)]
-        return LentBlocks(resident, blocks)
-
-    def _acquire_resident(self, names: Sequence[tuple[int, int]]) -> Any:
-        self._check_open()
-        keys = np.array(self._pack_all(names), np.uint64)
-        return self.tiers.acquire_resident(keys, threading.get_ident())
-
-    def _copy(self, slot: int, out: Bytes) -> None:
+    def copy_slot(self, slot: int, out: Bytes) -> None:
+        """Copy what a slot of a pinned block holds into host memory of the block's size."""
         block = self.view(slot, out.nbytes)
         if block.device.type == "cpu":
             # Not by torch: it would wake its threads, which a core that is busy keeps waiting.
@@ -302,7 +260,7 @@ class KvSpace:
         """Return the bytes of a slot as a tensor on the device: uint8, [nbytes], not a copy."""
         if not self.backend.in_place:
             return self.backend.view(slot, nbytes)
-        return self._memory()[slot : slot + nbytes]
+        return self.memory()[slot : slot + nbytes]
 
     def elements(self, slot: int, nbytes: int, dtype: Any) -> tuple[Any, int]:
         """Return a tensor that a slot lies in, and where the slot begins in its storage.
@@ -314,12 +272,12 @@ class KvSpace:
             return block, int(block.storage_offset())
         memory = self._as_dtype.get(dtype)
         if memory is None:
-            whole = self._memory()
+            whole = self.memory()
             size = len(whole) // dtype.itemsize * dtype.itemsize
             memory = self._as_dtype[dtype] = whole[:size].view(dtype)
         return memory, slot // dtype.itemsize
 
-    def _memory(self) -> Any:
+    def memory(self) -> Any:
         """Return all of HBM, where that is one mapping: uint8."""
         tensor = self._tensor  # another thread may close
         if tensor is None:
@@ -427,5 +385,6 @@ class KvSpace:
             layer, *indices = self._abandoned.popleft()
             self.release(layer, indices)
 
-    def _pack_all(self, names: Sequence[tuple[int, int]]) -> list[int]:
+    def pack_all(self, names: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the packed keys of blocks (layer, index)."""
         return [BlockKey(Kind.KV, layer, index, self._number).pack() for layer, index in names]

@@ -18,7 +18,6 @@ or another: LMDB's own rule for its pages, from LMDB's own table of readers.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,10 +39,10 @@ from tiered_mem.catalogue import (
 )
 from tiered_mem.environment import Environment, named_errors
 from tiered_mem.errors import ChecksumError, StoreFullError
+from tiered_mem.free_extents import ENDLESS, FreeExtents
 from tiered_mem.keys import BlockKey
 from tiered_mem.snapshot import pack_key
 
-_ENDLESS = 1 << 62
 _RUN_NBYTES = 4 << 20
 _LENT_NBYTES = 16 << 20  # as many of these as keep a disk busy
 
@@ -98,81 +97,13 @@ class _Buffers:
 _BUFFERS = _Buffers()
 
 
-class FreeExtents:
-    """The parts of a file that are free, as sorted [start, end) that don't touch each other.
-
-    The last one has no end: it begins where the file may.
-    """
-
-    def __init__(self, used: Iterable[tuple[int, int]], limit: int) -> None:
-        """`used` are (offset, bytes). Nothing is taken beyond `limit`."""
-        self._limit = limit
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        at = 0
-        for offset, nbytes in sorted(used):
-            if offset > at:
-                self.give(at, offset - at)
-            at = max(at, offset + nbytes)
-        self.give(at, _ENDLESS)
-
-    @property
-    def tail(self) -> int:
-        """Where what is free to the end begins."""
-        return self._starts[-1]
-
-    def nbytes_before(self, end: int) -> int:
-        """Return what may be taken before `end`."""
-        end = min(end, self._limit)
-        pairs = zip(self._starts, self._ends, strict=True)
-        return sum(max(0, min(stop, end) - start) for start, stop in pairs)
-
-    def take(self, nbytes: int) -> int | None:
-        """Return the offset of the first `nbytes` free bytes, now taken; None if there are none."""
-        for i, (start, end) in enumerate(zip(self._starts, self._ends, strict=True)):
-            if end - start >= nbytes and start + nbytes <= self._limit:
-                self._cut(i, nbytes)
-                return start
-        return None
-
-    def take_before(self, end: int) -> list[tuple[int, int]]:
-        """Take all that is free before `end`; return (offset, bytes) of it."""
-        taken = []
-        while self._starts[0] < end:
-            start = self._starts[0]
-            taken.append((start, min(self._ends[0], end) - start))
-            self._cut(0, taken[-1][1])
-        return taken
-
-    def give(self, offset: int, nbytes: int) -> None:
-        """Make bytes free that aren't."""
-        if nbytes == 0:
-            return
-        start, end = offset, offset + nbytes
-        i = bisect_left(self._starts, start)
-        if i < len(self._starts) and self._starts[i] == end:
-            end = self._ends[i]
-            del self._starts[i], self._ends[i]
-        if i > 0 and self._ends[i - 1] == start:
-            self._ends[i - 1] = end
-        else:
-            self._starts.insert(i, start)
-            self._ends.insert(i, end)
-
-    def _cut(self, i: int, nbytes: int) -> None:
-        """Take the first bytes of part `i`."""
-        self._starts[i] += nbytes
-        if self._starts[i] == self._ends[i]:
-            del self._starts[i], self._ends[i]
-
-
 class PayloadFile:
     """The writer's side of `payload.bin`. One thread at a time but for `Batch.write`."""
 
     def __init__(self, environment: Environment, limit: int | None) -> None:
         """Find what is free. `limit` is in bytes; without one, the disk has the say."""
         self._environment = environment
-        limit = _ENDLESS if limit is None else max(0, limit)
+        limit = ENDLESS if limit is None else max(0, limit)
         self._free = FreeExtents(_used(environment), limit)
         self._writer: _core.FileWriter | None = None
         self._disk_full = False
@@ -218,7 +149,7 @@ class PayloadFile:
         Positive even where the gaps add up. A full disk is a limit, too: what the file has now.
         """
         nbytes = sum(round_up(source.nbytes, ALIGNMENT) for _, source in payloads)
-        end = self._environment.payload_nbytes() if self._disk_full else _ENDLESS
+        end = self._environment.payload_nbytes() if self._disk_full else ENDLESS
         return max(nbytes - self._free.nbytes_before(end), nbytes // 8, ALIGNMENT)
 
     @property

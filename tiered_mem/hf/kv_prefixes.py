@@ -22,6 +22,7 @@ from tiered_mem.hf.kv_cache import TieredCache
 from tiered_mem.hf.kv_saving import Chain, Pending, Saver
 from tiered_mem.hf.kv_states import States
 from tiered_mem.keys import BlockKey
+from tiered_mem.kv_payloads import KvPayloads
 from tiered_mem.kv_space import KvSpace
 from tiered_mem.payload_file import Source
 from tiered_mem.prefix_index import Group, Record
@@ -53,6 +54,7 @@ class Prefixes:
         )
         layout = {"block_tokens": block_tokens, "dtype": str(model.dtype), **self.states.layout}
         self._space = space
+        self._payloads = KvPayloads(space)
         self._block_tokens = block_tokens
         self._lock = threading.RLock()
         self._saver = Saver(self._save, capacity)
@@ -173,7 +175,7 @@ class Prefixes:
         return Group(pending.parent, pending.token_ids, blocks)
 
     def _source(self, layer: int, index: int) -> Source:
-        return Source(self._space.block_nbytes(layer), self._space, (layer, index))
+        return Source(self._space.block_nbytes(layer), self._payloads, (layer, index))
 
     def _put_back(self, cache: TieredCache, records: Sequence[Record]) -> bool:
         """Put the windows into the cache; return False if one was found damaged, and dropped."""
