@@ -16,6 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import tiered_mem
 from tiered_mem.errors import ConfigError, StoreBusyError, UnsupportedModelError
+from tiered_mem.kv_payloads import KvPayloads
 from tiered_mem.prefixes import PrefixStore
 from tiered_mem.snapshot import pack_key
 
@@ -299,6 +300,33 @@ def test_other_ways_of_decoding_start_from_what_is_stored(
     assert model.tiered_mem.num_restored_tokens == (32 if "num_beams" in options else 0)
     assert torch.equal(ask(model, got), ask(stock, got))  # nothing wrong was stored
     model.tiered_mem.close()
+
+
+@pytest.mark.parametrize("budget", ["24KiB", "4MiB"])
+def test_blocks_of_whole_pages_are_stored_from_where_they_lie(
+    stock: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str
+) -> None:
+    lent: list[bool] = []
+    lend = KvPayloads.lend
+
+    def counted(self: KvPayloads, names: Any) -> Any:
+        found = lend(self, names)
+        lent.append(found is not None)
+        return found
+
+    monkeypatch.setattr(KvPayloads, "lend", counted)
+    prompt = tokens(300)
+    want = ask(stock, prompt, 80)
+    for stored in (0, 288):  # a block of 32 tokens has 4096 bytes
+        model = tiered_mem.tier_kv(
+            copy.deepcopy(stock), budget, prefixes=tmp_path / "prefixes", block_tokens=32
+        )
+        assert torch.equal(ask(model, prompt, 80), want)
+        assert model.tiered_mem.num_restored_tokens == stored
+        model.tiered_mem.close()
+    assert any(lent) or budget == "24KiB"
+    with PrefixStore.inspect(tmp_path / "prefixes") as store:
+        assert store.verify() == []
 
 
 def test_what_ids_alone_do_not_decide_is_not_stored(

@@ -42,11 +42,11 @@ class KvPayloads:
         sizes = [space.block_nbytes(layer) for layer, _ in names]
         if space.backend.name != "cpu" or any(size % ALIGNMENT for size in sizes):
             return None
+        memory = space.memory().numpy()
         event = self._acquire_resident(names)
         if event is None:
             return None
         resident = Resident(event, space.backend)
-        memory = space.memory().numpy()
         blocks = [memory[at : at + size] for at, size in zip(resident.slots, sizes, strict=True)]
         return LentBlocks(resident, blocks)
 

@@ -267,7 +267,11 @@ class Batch:
             owner.copy(names, blocks)
         else:
             blocks = lent.blocks
-            self._lent.append((writer.write_from(blocks, offsets), lent))
+            try:
+                self._lent.append((writer.write_from(blocks, offsets), lent))
+            except BaseException:
+                lent.give_back()
+                raise
         for (key, _), block, offset in zip(
             self._payloads[first:last], blocks, offsets, strict=True
         ):
