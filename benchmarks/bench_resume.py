@@ -187,8 +187,8 @@ def in_new_process(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def stored_files(directory: Path) -> list[Path]:
-    """Return the files with payloads; that of the catalogue is small, but has a sparse end."""
-    return [path for path in directory.iterdir() if path.stat().st_blocks * 512 > 1 << 20]
+    """Return the file of payloads and that of the catalogue."""
+    return [directory / "payload.bin", directory / "data.mdb"]
 
 
 def resume(directory: Path, prefixes: Path) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def resume(directory: Path, prefixes: Path) -> dict[str, Any]:
     # As the first token wanted them, but nothing else: what loading alone takes.
     cache = handle.cache(ids[0])
     cold.drop(stored_files(prefixes))
-    raw = max(raw_read.best_rate(path) for path in stored_files(prefixes))
+    raw = raw_read.best_rate(stored_files(prefixes)[0])
     cold.drop(stored_files(prefixes))
     start = time.perf_counter()
     nbytes = read_all(cache, model)
