@@ -68,7 +68,7 @@ std::byte* FileWriter::take(std::vector<size_t> sizes) {
   size_t length = 0;
   for (size_t nbytes : sizes) length += round_up(nbytes, kIoAlignment);
   // So that pieces are on their way while the next is made.
-  if (4 * length > ring_nbytes_) make_ring(std::max(kRingNbytes, 4 * length));
+  if (2 * length > ring_nbytes_) make_ring(std::max(kRingNbytes, 2 * length));
   if (head_ + length > ring_nbytes_) {
     submit();
     head_ = 0;

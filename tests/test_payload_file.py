@@ -268,6 +268,32 @@ def test_payloads_that_cannot_be_made_take_no_room(tmp_path):
         check_whole(store)
 
 
+class Removing:
+    """Who finds a stored group damaged while another is written."""
+
+    def __init__(self, store, record):
+        self._store, self._record = store, record
+
+    def lend(self, names):
+        return None
+
+    def copy(self, names, outs):
+        self._store.damaged(self._record)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_follows_damage_found_meanwhile_is_not_stored(tmp_path, named):
+    with open_at(tmp_path) as store:
+        groups = groups_of(store, [1, 2])
+        (first,) = store.save(groups)
+        follower = Group(first.hash, tokens(3, 4), [(0, Source(100, Removing(store, first), 0))])
+        with pytest.raises(errors.TieredMemError, match="removed while|to save a group after"):
+            store.save([*groups, follower] if named else [follower])
+        assert store.index.records == {} and not store.index.headless()
+        store.save(groups)
+        check_whole(store)
+
+
 @pytest.mark.parametrize("keep", [None, 0, 10_000])
 def test_a_file_that_is_gone_or_cut_is_damage(tmp_path, keep):
     with open_at(tmp_path) as store:

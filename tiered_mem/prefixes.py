@@ -19,6 +19,7 @@ from tiered_mem.catalogue import Bytes, allocate
 from tiered_mem.errors import (
     ChecksumError,
     ConfigError,
+    StoreError,
     StoreFullError,
     StoreMismatchError,
     TransferError,
@@ -142,7 +143,8 @@ class PrefixStore:
 
         A group that is stored already isn't written again. With a `lock`, others may use the store
         while they hold it: it is held but while payloads are made and written. Raises `ConfigError`
-        (wrong number of tokens, unknown parent) and `StoreFullError`; then none of them is stored.
+        (wrong number of tokens, unknown parent), `StoreFullError`, `StoreError` (what they follow was
+        removed meanwhile) and what their sources raise; then none of them is stored.
         """
         lock = lock or nullcontext()
         with lock:
@@ -154,7 +156,11 @@ class PrefixStore:
         try:
             batch.write()
             with lock:
-                self._new_groups(groups)  # damage may have taken a parent meanwhile
+                if self._new_groups(groups).keys() != new.keys():
+                    raise StoreError(
+                        f"what these groups follow was found damaged in {self.store.path} and "
+                        "removed while they were written: save them all again"
+                    )
                 self._commit(batch, records, keep)
                 return [self.index.records[group.hash] for group in groups]
         finally:
