@@ -287,7 +287,7 @@ def test_what_follows_damage_found_meanwhile_is_not_stored(tmp_path, named):
         groups = groups_of(store, [1, 2])
         (first,) = store.save(groups)
         follower = Group(first.hash, tokens(3, 4), [(0, Source(100, Removing(store, first), 0))])
-        with pytest.raises(errors.TieredMemError, match="removed while|to save a group after"):
+        with pytest.raises(errors.TieredMemError, match=r"removed while|to save a group after"):
             store.save([*groups, follower] if named else [follower])
         assert store.index.records == {} and not store.index.headless()
         store.save(groups)

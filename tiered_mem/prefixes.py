@@ -143,8 +143,8 @@ class PrefixStore:
 
         A group that is stored already isn't written again. With a `lock`, others may use the store
         while they hold it: it is held but while payloads are made and written. Raises `ConfigError`
-        (wrong number of tokens, unknown parent), `StoreFullError`, `StoreError` (what they follow was
-        removed meanwhile) and what their sources raise; then none of them is stored.
+        (wrong number of tokens, unknown parent), `StoreFullError`, `StoreError` (what they follow
+        was removed meanwhile) and what their sources raise; then none of them is stored.
         """
         lock = lock or nullcontext()
         with lock:
