@@ -186,9 +186,20 @@ def check_sparse(results: dict[str, Any]) -> None:
     sizes = results["summary"]["block_tokens"]
     assert len(sizes) > 1
     for found in sizes.values():
+        assert found["same_selection"] > 0
         assert found["largest_logit_difference"] < 1e-4
         assert 0 < found["read_to_whole_context"] <= 1
         assert found["blocks_per_token"] > 0
+
+
+def check_quest(results: dict[str, Any]) -> None:
+    runs = results["summary"]
+    assert {run["attention"] for run in runs} == {"full attention", "all blocks", "quest"}
+    reads = {run["tokens_read"]: run["mb_read_per_token"] for run in runs if run["block_tokens"]}
+    assert min(reads.values()) < reads["all"]
+    for run in runs:
+        if reads.get(run["tokens_read"]) == reads["all"]:
+            assert run["largest_logit_difference"] < 1e-4
 
 
 CHECKS = {
@@ -201,6 +212,7 @@ CHECKS = {
     "bench_overhead": check_overhead,
     "bench_policies": check_policies,
     "bench_prefetch": check_prefetch,
+    "bench_quest": check_quest,
     "bench_replay": check_replay,
     "bench_resume": check_resume,
     "bench_sparse": check_sparse,
